@@ -1,0 +1,314 @@
+"""The recipe: frozen tables, strict types, finite numbers, unknown keys forbidden.
+
+A field's description is its documentation, and `make_schema()` hands it to editors. `"auto"` is left to the planner.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from .units import parse_bytes
+
+MAX_COUNT = 2**31 - 1
+
+MethodKind = Literal["full", "lora", "qlora"]
+
+
+def _check_prompt(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def _check_text(text: str) -> str:
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError("contains a control character")
+    return _check_prompt(text)
+
+
+def _check_size(text: str) -> str:
+    if parse_bytes(text) < 1:
+        raise ValueError(f'"{text}" is less than one byte')
+    return text
+
+
+def _check_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"names {', '.join(repeated)} more than once")
+    return names
+
+
+Prompt = Annotated[str, AfterValidator(_check_prompt)]
+Text = Annotated[str, AfterValidator(_check_text)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Size = Annotated[
+    Text,
+    AfterValidator(_check_size),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGTPkmgtp][iI]?)?[bB]\s*$",
+            "examples": ["24GiB", "80GB"],
+        }
+    ),
+]
+# TOML has lists only: `strict=False` lets a list become a frozen tuple, and leaves its items strict.
+Targets = Annotated[tuple[Text, ...], Field(strict=False, min_length=1), AfterValidator(_check_distinct)]
+Methods = Annotated[tuple[MethodKind, ...], Field(strict=False, min_length=1), AfterValidator(_check_distinct)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Table(BaseModel):
+    """What all tables of a recipe have in common."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelTable(Table):
+    """Which model, and how its weights are loaded."""
+
+    id: Text
+    """The model: a folder or config.json (planning only), a name of fitune's catalog, a hub id; tried in this order."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model; unset: the default branch."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Dtype of the stored weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention."""
+    trust_remote_code: bool = False
+    """Whether code that a hub model brings along may run."""
+
+
+DataFormat = Literal["auto", "instruction", "messages", "completion", "text"]
+
+
+class DataSource(Table):
+    """One dataset of a mixture."""
+
+    path: Text
+    """Its rows: a path, else a hub id."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """How often its rows are seen, relative to the other sources; above 0."""
+    format: DataFormat = "auto"
+    """Form of its rows; auto: as in `data.format`."""
+
+
+Sources = Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
+
+
+class DataTable(Table):
+    """What the model is trained on and judged by."""
+
+    train: Text | Sources
+    """Training rows: a path, else a hub id; or a list of tables {path, weight, format} for a mixture."""
+    eval: Text | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Held-out rows: a path, else a hub id; or the fraction of the training rows to hold out, above 0 and below 1."""
+    format: DataFormat = "auto"
+    """Form of the rows; auto: seen from the first row's keys."""
+    max_length: Count = 2048
+    """Longest row in tokens; longer rows are cut at the right."""
+    packing: bool = False
+    """Whether short rows are put together into rows of max_length."""
+    system: Prompt | None = None
+    """System prompt for rows that have none."""
+
+
+class MethodTable(Table):
+    """Full fine-tuning or adapters."""
+
+    kind: Literal["auto", "full", "lora", "qlora"] = "auto"
+    """How to train; auto: the first of `prefer` that fits."""
+    prefer: Methods = ("full", "lora", "qlora")
+    """The order in which auto tries the methods; only these are tried."""
+    rank: Count = 16
+    """LoRA rank."""
+    alpha: Count | None = None
+    """LoRA alpha: the update is scaled by alpha / rank; unset: twice the rank."""
+    dropout: Share = 0.0
+    """Dropout before the LoRA matrices, 0 or more and below 1."""
+    targets: Literal["all-linear"] | Targets = "all-linear"
+    """Modules that get adapters: all linear layers but the LM head, or a list of module names such as "q_proj"."""
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the LoRA matrices."""
+    double_quantization: bool = True
+    """Whether QLoRA quantises the NF4 scales again."""
+    adapter: Text | None = None
+    """Folder of an existing adapter to continue; needs lora or qlora."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_adapter(cls, adapter: str | None, info: ValidationInfo) -> str | None:
+        if adapter is None:
+            return adapter
+        kind, prefer = info.data.get("kind"), info.data.get("prefer")
+        if kind == "full":
+            raise ValueError('an adapter cannot be continued with method.kind = "full"; allowed are auto, lora, qlora')
+        if kind == "auto" and prefer == ("full",):
+            raise ValueError('an adapter cannot be continued with method.prefer = ["full"]; name lora or qlora too')
+        return adapter
+
+    @property
+    def lora_alpha(self) -> int:
+        """alpha, or twice the rank."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+
+class BudgetTable(Table):
+    """What may be used; what is unset is found out on the machine."""
+
+    gpu: Text | None = None
+    """A card of fitune's GPU catalog such as "RTX 4090" or "H100 80GB"; unset: what NVML finds."""
+    memory: Size | None = None
+    """Memory on the device such as "24GiB"; overrides the card's."""
+    gpus: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Number of such cards, 1 to 1024."""
+    host_memory: Size | None = None
+    """RAM such as "64GiB"; unset: what is free."""
+    disk: Size | None = None
+    """Disk space for the run such as "100GB"; unset: what is free."""
+    max_hours: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Longest run in hours, above 0; unset: no limit."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """`host_memory` in bytes."""
+        return None if self.host_memory is None else parse_bytes(self.host_memory)
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """`disk` in bytes."""
+        return None if self.disk is None else parse_bytes(self.disk)
+
+
+def _default_epochs(table: dict[str, Any]) -> int | None:
+    return 1 if table.get("max_steps") is None else None
+
+
+class TrainTable(Table):
+    """The training loop."""
+
+    max_steps: Count | None = None
+    """Optimizer steps; excludes epochs."""
+    epochs: Count | None = Field(default_factory=_default_epochs)
+    """Passes over the training rows; 1 where max_steps is unset too."""
+    global_batch_size: Count = 16
+    """Sequences an optimizer step; never changed silently."""
+    micro_batch_size: Literal["auto"] | Count = "auto"
+    """Sequences in one forward; divides global_batch_size."""
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """Peak of the schedule, above 0; auto: 2e-4 for adapters, 2e-5 for full."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup: Share = 0.03
+    """Share of the steps in which the learning rate rises, 0 or more and below 1."""
+    weight_decay: Share = 0.0
+    """AdamW's decoupled weight decay, 0 or more and below 1."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this L2 norm, above 0."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"] = (
+        "auto"
+    )
+    """Optimizer, and with it the bytes of its states."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Whether layers are computed again in backward instead of kept."""
+    loss_head: Literal["auto", "full", "chunked"] = "auto"
+    """Whether the logits of all tokens exist at once."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether layers are compiled."""
+    eval_every: Count | None = None
+    """Steps between evaluations; unset: at the start and the end."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of the adapters, the order of rows and dropout, 0 to 4294967295."""
+
+    @field_validator("epochs")
+    @classmethod
+    def _check_epochs(cls, epochs: int | None, info: ValidationInfo) -> int | None:
+        if epochs is not None and info.data.get("max_steps") is not None:
+            raise ValueError("excludes train.max_steps: give one of the two")
+        return epochs
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _check_micro_batch_size(cls, micro: Literal["auto"] | int, info: ValidationInfo) -> Literal["auto"] | int:
+        whole = info.data.get("global_batch_size")
+        if micro == "auto" or whole is None or whole % micro == 0:
+            return micro
+        below = max(divisor for divisor in _find_divisors(whole) if divisor < micro)
+        above = [divisor for divisor in _find_divisors(whole) if divisor > micro]
+        nearest = f"{below} and {min(above)}" if above else f"{below}"
+        verb = "are" if above else "is"
+        raise ValueError(f"{micro} does not divide train.global_batch_size = {whole}; nearest that do {verb} {nearest}")
+
+
+def _find_divisors(n: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(n) + 1) if n % divisor == 0]
+    return small + [n // divisor for divisor in small]
+
+
+class OutputTable(Table):
+    """What is left afterwards."""
+
+    dir: Text | None = None
+    """The run's folder; unset: runs/<recipe>-<time>."""
+    merge: bool = False
+    """Whether the adapters are also merged into a full model."""
+    save_every: Count | None = None
+    """Steps between checkpoints; unset: at the end only."""
+
+
+class Recipe(Table):
+    """A fine-tuning recipe of fitune. Relative paths are relative to the recipe's folder."""
+
+    model: ModelTable
+    data: DataTable
+    method: MethodTable = Field(default_factory=MethodTable)
+    budget: BudgetTable = Field(default_factory=BudgetTable)
+    train: TrainTable = Field(default_factory=TrainTable)
+    output: OutputTable = Field(default_factory=OutputTable)
+
+
+class _TomlSchema(GenerateJsonSchema):
+    """TOML has no null: what is unset is left out, so the schema does not offer null either."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def field_title_should_be_set(self, schema: object) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default") is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+
+def make_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a recipe, for editors and for error messages."""
+    schema = Recipe.model_json_schema(schema_generator=_TomlSchema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
