@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fitune.recipes import RecipeError, RecipeFile, load_recipe, make_schema, parse_recipe, recipe_from_resolved
-from fitune.recipes.load import find_shipped_recipes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fitune.recipes import RecipeError, RecipeFile, load_recipe, make_schema, parse_recipe, recipe_from_resolved
+from fitune.recipes.load import find_shipped_recipes
 
 VALID = """
 [model]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fitune.recipes import Recipe, RecipeError, make_schema, parse_recipe
 from pydantic import ValidationError
+
+from fitune.recipes import Recipe, RecipeError, make_schema, parse_recipe
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"revision": None, "dtype": "auto", "attention": "sdpa", "trust_remote_code": False},

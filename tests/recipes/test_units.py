@@ -5,9 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from fitune.recipes.units import GiB, KiB, MiB, format_bytes, format_count, parse_bytes, parse_count
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from fitune.recipes.units import GiB, KiB, MiB, format_bytes, format_count, parse_bytes, parse_count
 
 FACTORS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": 2**40}
 

@@ -1,0 +1,178 @@
+"""Closed forms for what a forward keeps for backward: a layer's activations, checkpoints and the loss head.
+
+T is the tokens of a micro-batch (rows * sequence), H the hidden size, I the MLP's width, V the vocabulary, `a` the
+bytes of the compute dtype, `w` those of the weights' dtype, in which the residual stream flows. The terms follow the
+modeling code of transformers 5 under autocast on CUDA; they are checked against measured steps in tests/planner. What
+they leave out (short-lived intermediates, allocator rounding) is what the margin is for.
+"""
+
+from __future__ import annotations
+
+from .shape import BlockShape, LinearShape, ModelShape
+from .strategy import DTYPE_BYTES, Strategy
+
+CHUNK_ROWS = 1024
+"""Tokens whose logits exist at one time under the chunked loss head."""
+FP32 = 4
+
+
+class StepShape:
+    """One micro-batch of one strategy: the symbols that the formulas share."""
+
+    def __init__(self, shape: ModelShape, strategy: Strategy, sequence_length: int) -> None:
+        self.shape, self.strategy = shape, strategy
+        self.sequence = sequence_length
+        self.tokens = strategy.micro_batch_size * sequence_length
+        self.compute_bytes = DTYPE_BYTES[strategy.compute_dtype]
+        self.weight_bytes = DTYPE_BYTES[strategy.weights_dtype]
+        self.trains_base = strategy.method == "full"
+        self.casts = self.compute_bytes != self.weight_bytes
+
+    def needs_input(self, linear: LinearShape) -> bool:
+        """Whether a linear layer's input is kept: for its own gradient or for its adapter's."""
+        if self.trains_base:
+            return True
+        targets = self.strategy.adapter_targets
+        assert targets is not None, "adapters have targets"
+        return targets == "all-linear" or any(linear.is_target(name) for name in _names(targets))
+
+
+def _names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else targets
+
+
+def estimate_layer_bytes(step: StepShape, block: BlockShape) -> int:
+    """What one decoder layer keeps for backward without checkpointing: norms + linear inputs + attention + MLP."""
+    return (
+        _norm_bytes(step)
+        + sum(_linear_bytes(step, linear) for linear in block.linears)
+        + _shared_input_bytes(step, block)
+        + _attention_bytes(step, block)
+        + _mlp_bytes(step, block)
+        + _dropout_bytes(step)
+    )
+
+
+def _norm_bytes(step: StepShape) -> int:
+    """Each norm keeps its input in fp32 (4TH), and where its own weight is trained the normalised copy (wTH)."""
+    shape, features = step.shape, step.shape.hidden_size
+    each = FP32 * step.tokens * features
+    if step.trains_base and shape.norm == "rmsnorm":
+        each += step.weight_bytes * step.tokens * features
+    query_key = FP32 * step.tokens * (shape.heads + shape.kv_heads) * shape.head_dim if shape.qk_norm else 0
+    return shape.norms_per_block * each + query_key
+
+
+def _linear_bytes(step: StepShape, linear: LinearShape) -> int:
+    """What a linear layer keeps beside its input.
+
+    The adapter's inner activation [T, rank], dropout's copy and mask; and the copy in the compute dtype that autocast
+    makes of an fp32 weight that is trained.
+    """
+    strategy = step.strategy
+    if step.trains_base:
+        return step.compute_bytes * linear.weight_parameters if step.casts else 0
+    if not step.needs_input(linear):
+        return 0
+    assert strategy.adapter_rank is not None, "adapters have a rank"
+    inner = step.compute_bytes * step.tokens * strategy.adapter_rank
+    weights = step.compute_bytes * strategy.adapter_rank * (linear.inputs + linear.outputs)
+    dropped = (step.compute_bytes + 1) * step.tokens * linear.inputs if strategy.adapter_dropout else 0
+    return inner + weights + dropped
+
+
+def _shared_input_bytes(step: StepShape, block: BlockShape) -> int:
+    """Inputs of the linear layers that read a norm's output: one for those that share it (aTH), but one each where
+    autocast casts an fp32 one (fp32 weights, or LayerNorm, which autocast runs in fp32). With adapter dropout each
+    adapter keeps its own copy instead."""
+    readers = [linear for linear in block.linears if linear.inputs == step.shape.hidden_size and _reads_norm(linear)]
+    kept = [linear for linear in readers if step.needs_input(linear)]
+    if not kept or step.strategy.adapter_dropout:
+        return 0
+    separate = step.casts or step.shape.norm == "layernorm"
+    copies = len(kept) if separate else min(len(kept), 2)
+    return copies * step.compute_bytes * step.tokens * step.shape.hidden_size
+
+
+def _reads_norm(linear: LinearShape) -> bool:
+    """Whether a linear layer reads a norm's output: all but the ones that end attention and MLP."""
+    ends = ("o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "out_proj")
+    return linear.name not in ends
+
+
+def _attention_bytes(step: StepShape, block: BlockShape) -> int:
+    """SDPA and flash attention keep q, k, v, the output and the log-sum-exp (fp32, one a head and token).
+
+    Eager keeps k and v expanded to all heads and the scores: softmax in fp32 and its copy, B * heads * S * S * (4 + a),
+    and soft-capping another a.
+    """
+    shape, a = step.shape, step.compute_bytes
+    queries = step.tokens * shape.heads * shape.head_dim
+    keys = step.tokens * shape.kv_heads * shape.head_dim
+    if step.strategy.attention != "eager":
+        window = block.sliding_window
+        masked = step.sequence**2 if window is not None and step.sequence > window else 0
+        return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads + masked
+    scores = step.tokens * step.sequence * shape.heads
+    capped = a * scores if shape.attention_softcap else 0
+    return a * 4 * queries + (FP32 + a) * scores + capped
+
+
+def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
+    """Gated: gate, activation(gate), up, and their product as the input of the last linear layer: 4aTI.
+
+    Otherwise the activation's input and output. GPT-2's gelu_new is written out in Python: 14 more bytes an element
+    under autocast, whose pow runs in fp32. Experts see each token experts_per_token times and also keep the gathered
+    rows and their outputs.
+    """
+    shape, a = step.shape, step.compute_bytes
+    last_kept = any(step.needs_input(linear) and not _reads_norm(linear) for linear in block.linears)
+    if shape.experts and shape.experts_per_token:
+        visits = step.tokens * shape.experts_per_token
+        return a * visits * (4 * shape.intermediate_size + 3 * shape.hidden_size)
+    elements = step.tokens * shape.intermediate_size
+    if shape.gated_mlp:
+        return (3 + last_kept) * a * elements
+    if shape.activation == "gelu_new":
+        return (14 if a < FP32 else 16) * elements + last_kept * a * elements
+    return (1 + (last_kept and shape.activation != "relu")) * a * elements
+
+
+def _dropout_bytes(step: StepShape) -> int:
+    """One byte an element for each residual dropout's mask, two a layer."""
+    return 2 * step.tokens * step.shape.hidden_size if step.shape.residual_dropout else 0
+
+
+def estimate_checkpoint_bytes(step: StepShape) -> int:
+    """A checkpointed layer keeps its input: wTH."""
+    return step.weight_bytes * step.tokens * step.shape.hidden_size
+
+
+def estimate_backward_temporary(step: StepShape, block: BlockShape) -> int:
+    """Gradients that flow inside one layer: two of the MLP's width and two fp32 ones of the hidden size; for qlora
+    the largest dequantised weight beside them."""
+    shape = step.shape
+    visits = step.tokens * (shape.experts_per_token or 1)
+    flowing = 2 * step.compute_bytes * visits * shape.intermediate_size + 2 * FP32 * step.tokens * shape.hidden_size
+    if step.strategy.attention == "eager":
+        flowing = max(flowing, 2 * FP32 * step.tokens * step.sequence * shape.heads)
+    if step.strategy.method != "qlora":
+        return flowing
+    return flowing + step.compute_bytes * max(linear.weight_parameters for linear in block.linears)
+
+
+def estimate_head_bytes(step: StepShape) -> tuple[int, int]:
+    """(forward peak, backward peak) of LM head and loss in bytes.
+
+    full: logits a, their fp32 copy 4 and the log-softmax 4 a token and vocabulary entry in forward; log-softmax and
+    two fp32 gradients in backward: (a + 8)TV and 12TV. chunked: the same for at most 1,024 tokens at a time.
+    """
+    rows = step.tokens if step.strategy.loss_head == "full" else min(step.tokens, CHUNK_ROWS)
+    entries = rows * step.shape.vocab_size
+    capped = 2 * step.compute_bytes if step.shape.logit_softcap else 0
+    return (step.compute_bytes + 2 * FP32 + capped) * entries, (3 * FP32 + capped) * entries
+
+
+def estimate_final_bytes(step: StepShape) -> int:
+    """After the layers: the final norm's fp32 input and output, and the embedding's output: (4 + a + w)TH."""
+    return (FP32 + step.compute_bytes + step.weight_bytes) * step.tokens * step.shape.hidden_size

@@ -1,0 +1,77 @@
+"""The memory of a run, by phase and by component: the `memory` part of a plan."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .strategy import Value
+
+PHASES = ("load", "forward", "backward", "clip", "optimizer", "evaluate", "save", "merge")
+
+
+class Components(Value):
+    """What is live at one instant, bytes. They add up to the total.
+
+    weights:     the base model
+    adapters:    LoRA matrices
+    gradients:   of what is trained
+    optimizer:   states that the allocator holds (managed memory of paged optimizers is beside it)
+    activations: kept for backward, checkpoints included
+    loss_head:   logits, their fp32 copies and gradients
+    temporary:   short-lived buffers and workspaces
+    """
+
+    weights: int = Field(default=0, ge=0)
+    adapters: int = Field(default=0, ge=0)
+    gradients: int = Field(default=0, ge=0)
+    optimizer: int = Field(default=0, ge=0)
+    activations: int = Field(default=0, ge=0)
+    loss_head: int = Field(default=0, ge=0)
+    temporary: int = Field(default=0, ge=0)
+
+    @property
+    def total(self) -> int:
+        """The sum of all components, bytes."""
+        return sum(value for _, value in self)
+
+    @property
+    def largest(self) -> str:
+        """The name of the largest component."""
+        return max(self, key=lambda pair: pair[1])[0]
+
+
+class Phase(Value):
+    """A phase of the run and the highest memory in it.
+
+    name: load, forward, backward, clip, optimizer, evaluate, save or merge
+    """
+
+    name: str
+    peak_allocated_bytes: int = Field(ge=0)
+
+
+class Memory(Value):
+    """What a run needs, bytes.
+
+    peak_allocated_bytes: highest sum of live tensors
+    peak_reserved_bytes:  highest of the caching allocator, fragmentation included; None on a CPU
+    peak_device_bytes:    what NVML will show: reserved + context + managed; on a CPU the process's resident peak
+    required_bytes:       peak_device_bytes with its margin: `fits` is decided on this
+    budget_bytes:         what may be used of the device
+    host_bytes:           RAM of the process
+    disk_bytes:           files that the run writes
+    peak_phase:           the phase of peak_allocated_bytes
+    components:           what is live at the peak; they add up to peak_allocated_bytes
+    phases:               each phase's own peak, in the order of a run
+    """
+
+    peak_allocated_bytes: int = Field(ge=0)
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int = Field(ge=0)
+    required_bytes: int = Field(ge=0)
+    budget_bytes: int = Field(gt=0)
+    host_bytes: int = Field(ge=0)
+    disk_bytes: int = Field(ge=0)
+    peak_phase: str
+    components: Components
+    phases: tuple[Phase, ...]

@@ -1,0 +1,68 @@
+"""Sentences that say why: each choice carries its reason, with figures."""
+
+from __future__ import annotations
+
+from ..recipes.units import format_bytes, format_count
+from .arithmetic import count_trainable
+from .memory import Memory
+from .shape import ModelShape
+from .strategy import Strategy
+
+OPTIMIZER_NAMES = {
+    "adamw": "AdamW",
+    "adamw_8bit": "8-bit AdamW",
+    "adamw_32bit": "32-bit AdamW",
+    "paged_adamw_8bit": "paged 8-bit AdamW",
+    "paged_adamw": "paged AdamW",
+    "adafactor": "Adafactor",
+}
+METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+DEVICE_WORDS = {"device": "in the budget", "host": "of RAM free", "disk": "of disk free"}
+
+
+def describe_strategy(strategy: Strategy) -> str:
+    """Such as `LoRA, bf16 weights, checkpointing, chunked head, AdamW, 4 x 4 rows`."""
+    parts = [METHOD_NAMES[strategy.method]]
+    parts.append("NF4 weights" if strategy.method == "qlora" else f"{strategy.weights_dtype} weights")
+    parts.append("checkpointing" if strategy.gradient_checkpointing else "no checkpointing")
+    parts.append(f"{strategy.loss_head} head")
+    parts.append(OPTIMIZER_NAMES[strategy.optimizer])
+    parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
+    return ", ".join(parts)
+
+
+def describe_rejection(
+    strategy: Strategy,
+    memory: Memory,
+    shape: ModelShape,
+    *,
+    broken: str,
+    component: str,
+    needed_bytes: int,
+    budget_bytes: int,
+    sequence_length: int,
+) -> str:
+    """Such as `needs 31.2 GiB, 22.8 GiB in the budget: the logits of 4 x 4,096 tokens alone are 7.8 GiB`."""
+    head = f"needs {format_bytes(needed_bytes)}, {format_bytes(budget_bytes)} {DEVICE_WORDS[broken]}"
+    if broken != "device":
+        return f"{head}: " + ("the process beside the device" if broken == "host" else "the files that it writes")
+    return f"{head}: {describe_component(strategy, memory, shape, component, sequence_length)}"
+
+
+def describe_component(
+    strategy: Strategy, memory: Memory, shape: ModelShape, component: str, sequence_length: int
+) -> str:
+    """What a component is, in the terms of this strategy, with its bytes."""
+    size = format_bytes(getattr(memory.components, component))
+    batch = f"{strategy.micro_batch_size} x {sequence_length:,} tokens"
+    trainable = format_count(count_trainable(shape, strategy))
+    width = "NF4" if strategy.method == "qlora" else strategy.weights_dtype
+    return {
+        "weights": f"the {format_count(shape.parameters)} weights in {width} alone are {size}",
+        "adapters": f"the adapters' {trainable} parameters alone are {size}",
+        "gradients": f"the gradients of {trainable} parameters alone are {size}",
+        "optimizer": f"{OPTIMIZER_NAMES[strategy.optimizer]}'s states of {trainable} parameters alone are {size}",
+        "activations": f"the activations of {batch} alone are {size}",
+        "loss_head": f"the logits of {batch} alone are {size}",
+        "temporary": f"short-lived buffers alone are {size}",
+    }[component]

@@ -1,0 +1,100 @@
+"""The planner's inputs and its answer to "how": the device, the data's shape, and the strategy that trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["full", "lora", "qlora"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
+
+DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class Value(BaseModel):
+    """A frozen document: JSON in, JSON out, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Device(Value):
+    """What a plan is made for; probed by the runtime or read from the GPU catalog.
+
+    name:            such as `NVIDIA H100 80GB HBM3`, or the CPU's name
+    kind:            cuda or cpu
+    memory_bytes:    the card's total memory; on a CPU the host's RAM
+    budget_bytes:    what may be used of it
+    bf16:            whether it computes in bf16 in hardware
+    gpus:            how many such cards, 1 or more
+    host_memory_bytes: RAM of the host that may be used, None where it is not known
+    disk_bytes:      free disk for the run, None where it is not known
+    budget_source:   a phrase for people: where budget_bytes comes from
+    driver:          NVIDIA driver version, None without one or for a card of the catalog
+    """
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory_bytes: int = Field(gt=0)
+    budget_bytes: int = Field(gt=0)
+    bf16: bool
+    gpus: int = Field(default=1, ge=1)
+    host_memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    budget_source: str = ""
+    driver: str | None = None
+
+
+class DataFacts(Value):
+    """What the planner knows of the dataset.
+
+    rows:            training rows, None where the dataset is not there
+    longest_row_tokens: tokens of the longest row after truncation, at most `data.max_length`
+    source:          a phrase for people: `tokenised` or why max_length is assumed
+    """
+
+    rows: int | None = None
+    longest_row_tokens: int = Field(ge=1)
+    source: str
+
+
+class Strategy(Value):
+    """Everything that decides memory and speed of a step; `runtime` executes exactly this.
+
+    method:           full, lora or qlora
+    weights_dtype:    dtype of the stored weights (of the 16-bit rest for qlora, whose linear layers are NF4)
+    compute_dtype:    dtype of autocast's matrix work; equal to fp32 there is no autocast
+    rounding:         how an update reaches the weights: `stochastic` for bf16 weights that are trained, else `nearest`
+    adapter_dtype:    dtype of the LoRA matrices, None for full
+    adapter_rank:     LoRA rank, None for full
+    adapter_targets:  `all-linear` or module names, None for full
+    adapter_dropout:  LoRA dropout, 0 to 1
+    double_quantization: NF4 constants quantised again (qlora only)
+    attention:        sdpa, eager or flash_attention_2
+    micro_batch_size: rows in one forward, 1 or more
+    gradient_accumulation_steps: forwards in one optimizer step; times micro_batch_size the global batch
+    gradient_checkpointing: keep only each layer's input, recompute the rest in backward
+    loss_head:        `full` keeps the logits of all tokens, `chunked` 1,024 rows at a time
+    optimizer:        one of the recipe's names
+    compile:          layers compiled
+    learning_rate:    peak of the schedule
+    """
+
+    method: Method
+    weights_dtype: Dtype
+    compute_dtype: Dtype
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    adapter_dtype: Dtype | None = None
+    adapter_rank: int | None = None
+    adapter_targets: str | tuple[str, ...] | None = None
+    adapter_dropout: float = 0.0
+    double_quantization: bool = True
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    micro_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    gradient_checkpointing: bool
+    loss_head: Literal["full", "chunked"]
+    optimizer: Optimizer
+    compile: bool = False
+    learning_rate: float = Field(gt=0)

@@ -1,0 +1,174 @@
+"""Builds the model that a strategy describes: weights, quantisation, adapters, checkpointing, compiled layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..planner.shape import make_shape
+from ..planner.strategy import Strategy
+from ..recipes.errors import ModelError
+from .quiet import quiet_libraries
+from .step import TORCH_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """A model ready to train.
+
+    model: what is trained: a PeftModel around `base`, or `base` itself
+    base:  the transformers model inside
+    """
+
+    model: nn.Module
+    base: Any
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def build_model(
+    folder: Path,
+    strategy: Strategy,
+    device: torch.device,
+    *,
+    alpha: int | None = None,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+) -> BuiltModel:
+    """Load the weights in `folder` as `strategy` says and make them trainable.
+
+    alpha:   LoRA's scaling numerator, unset: twice the rank
+    adapter: folder of an existing adapter to continue, None for a new one
+    """
+    base = load_base(folder, strategy, device, trust_remote_code=trust_remote_code)
+    model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=alpha, adapter=adapter)
+    prepare_training(base, strategy)
+    return BuiltModel(model=model, base=base)
+
+
+def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model on `device`, its linear layers in NF4 for qlora."""
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {}
+    if strategy.method == "qlora":
+        arguments["quantization_config"] = make_quantization(strategy)
+    try:
+        with quiet_libraries():
+            base = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=TORCH_DTYPES[strategy.weights_dtype],
+                attn_implementation=strategy.attention,
+                trust_remote_code=trust_remote_code,
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                **arguments,
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.id: {folder}: transformers cannot load it: {error}") from error
+    if strategy.method == "qlora":
+        keep_cpu_weights_trainable(base)
+    return base
+
+
+def make_quantization(strategy: Strategy) -> Any:
+    """transformers' configuration for NF4 with the strategy's double quantisation and compute dtype."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=strategy.double_quantization,
+        bnb_4bit_compute_dtype=TORCH_DTYPES[strategy.compute_dtype],
+    )
+
+
+def keep_cpu_weights_trainable(base: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16.
+
+    An evaluation under no_grad would repack them into a layout without autograd, and training after it would
+    silently leave most adapters without gradients (bitsandbytes 0.50).
+    """
+    import bitsandbytes as bnb
+
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_adapters(base: Any, strategy: Strategy, *, alpha: int | None, adapter: Path | None) -> nn.Module:
+    """Freeze `base` and put LoRA adapters beside its linear layers.
+
+    An adapter's input is not copied to the adapter's dtype (autocast does the cast where it computes): peft's default
+    keeps an fp32 copy of every input, 20 to 24 % of the peak. https://github.com/AgileRL/AgileRL/pull/623
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    assert strategy.adapter_dtype is not None and strategy.adapter_rank is not None, "adapters have a dtype and a rank"
+    try:
+        with quiet_libraries():
+            if adapter is not None:
+                model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, low_cpu_mem_usage=True)
+            else:
+                config = LoraConfig(
+                    r=strategy.adapter_rank,
+                    lora_alpha=2 * strategy.adapter_rank if alpha is None else alpha,
+                    lora_dropout=strategy.adapter_dropout,
+                    target_modules=find_target_modules(base, strategy),
+                    task_type="CAUSAL_LM",
+                )
+                model = get_peft_model(base, config)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"method: peft cannot attach the adapter: {error}") from error
+    dtype = TORCH_DTYPES[strategy.adapter_dtype]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+    return model  # type: ignore[no-any-return]
+
+
+def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
+    """peft's `target_modules` for the strategy's targets.
+
+    "all-linear" becomes the names of the linear layers that the planner counts: peft's own also adapts a mixture's
+    fused experts, and rebuilds every expert's weight in each forward. An architecture that the planner has no closed
+    form for keeps peft's.
+    """
+    targets = strategy.adapter_targets
+    if isinstance(targets, tuple):
+        return list(targets)
+    assert targets is not None, "adapters have targets"
+    try:
+        return list(make_shape(base.config.to_dict()).lora_target_names(targets))
+    except ModelError:
+        return targets
+
+
+def prepare_training(base: Any, strategy: Strategy) -> None:
+    """Checkpointing and compiled layers, as the strategy says."""
+    base.config.use_cache = False
+    base.train()
+    if strategy.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if strategy.compile:
+        for layer in find_layers(base):
+            layer.compile()
+
+
+def find_layers(base: Any) -> nn.ModuleList:
+    """The decoder layers: the longest ModuleList of the model."""
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    assert lists, "a causal language model has a list of layers"
+    return max(lists, key=len)

@@ -1,0 +1,122 @@
+"""Talk to a run's model: the adapter on its base, or the full model; answers stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..planner.plan import Plan
+from ..recipes.errors import FituneError, RunError
+from .build import load_base
+from .models import fetch_model
+from .planning import Job
+from .quiet import quiet_libraries
+from .report import load_report
+from .step import autocast
+from .tokens import find_stop_token_ids
+
+ANSWER_TOKENS = 512
+"""Longest answer, in tokens."""
+
+
+class ChatModel:
+    """A run's model and tokenizer, with the conversation so far."""
+
+    def __init__(self, run: Path, *, use_base: bool) -> None:
+        from transformers import AutoTokenizer
+
+        plan, report = load_report(run)
+        self.plan, self.use_base = plan, use_base
+        name = next(iter(report.output))
+        folder = run / report.output[name]
+        if not folder.is_dir():
+            raise RunError(f"{run}: its {name} is gone")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with quiet_libraries():
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self.model = self._load(plan, name, folder)
+        self.model.eval()
+        self.messages: list[dict[str, str]] = []
+        system = plan.resolved_recipe["data"].get("system")
+        if system:
+            self.messages.append({"role": "system", "content": system})
+
+    def _load(self, plan: Plan, name: str, folder: Path) -> Any:
+        """The full model, or the base with its adapter on top; the base alone where that is asked for."""
+        if name == "model" and not self.use_base:
+            return load_base(folder, plan.strategy, self.device)
+        try:
+            base_folder = fetch_model(Job(plan.recipe, plan.overrides).source)
+        except FituneError as error:
+            raise RunError(f"the base model of this run cannot be found any more: {error}") from error
+        base = load_base(base_folder, plan.strategy, self.device)
+        if self.use_base:
+            return base
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, str(folder))
+
+    def stream(self, question: str, write: Any) -> str:
+        """Answer `question`, calling `write` with each piece of text as it comes; returns the whole answer."""
+        from transformers import TextIteratorStreamer
+
+        self.messages.append({"role": "user", "content": question})
+        prompt = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        ids = prompt["input_ids"].to(self.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        thread = Thread(target=self._generate, args=(ids, streamer), daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            write(piece)
+        thread.join()
+        answer = "".join(pieces)
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _generate(self, ids: torch.Tensor, streamer: Any) -> None:
+        stops = find_stop_token_ids(self.tokenizer)
+        with quiet_libraries(), torch.no_grad(), autocast(self.plan.strategy, self.device):
+            try:
+                self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=ANSWER_TOKENS,
+                    do_sample=False,
+                    repetition_penalty=1.1,
+                    eos_token_id=list(stops),
+                    pad_token_id=stops[0],
+                    streamer=streamer,
+                )
+            finally:
+                streamer.end()
+
+
+def run_chat(run: Path, console: Console, *, use_base: bool, question: str | None) -> None:
+    """Answer one question, or questions from the terminal until it ends."""
+    chat = ChatModel(run, use_base=use_base)
+    if question is not None:
+        _answer(chat, question, console)
+        return
+    who = "the base model" if use_base else "the tuned model"
+    console.print(f"Talk to {who}; an empty line or Ctrl-D ends it.", style="bright_black")
+    while True:
+        try:
+            asked = console.input("[bold]you > [/bold]").strip()
+        except EOFError:
+            asked = ""
+        if not asked:
+            return
+        _answer(chat, asked, console)
+
+
+def _answer(chat: ChatModel, question: str, console: Console) -> None:
+    chat.stream(question, lambda piece: console.print(piece, end="", markup=False, highlight=False, soft_wrap=True))
+    console.print()

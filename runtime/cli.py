@@ -1,0 +1,256 @@
+"""The commands: parse, call one function, print. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from ..recipes.errors import FituneError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+console = Console(highlight=False)
+problems = Console(stderr=True, highlight=False)
+
+SET_OPTION = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Override a key of the recipe; may be repeated.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("fitune"), prog_name="fitune")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Fine-tune language models from a TOML recipe, with a memory plan that is certain to fit."""
+    context.obj = {"debug": debug}
+
+
+@cli.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@SET_OPTION
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a recipe, one a line.")
+@click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `fitune run plan.json`.")
+def plan(recipes: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, quick: bool, output: str | None) -> None:
+    """Show what a run would need: a dry run without weights and without a GPU."""
+    from ..planner.render import render_plan
+    from .planning import Job
+
+    if output is not None and len(recipes) != 1:
+        raise click.UsageError("-o saves one plan: give one recipe")
+    codes = [0]
+    for path in recipes:
+        try:
+            made = Job(path, overrides).make_plan(quick=quick)
+        except FituneError as error:
+            _show_plan_error(path, error, as_json=as_json)
+            codes.append(EXIT_ERROR)
+            continue
+        if output is not None:
+            _write_text(Path(output), made.model_dump_json(indent=2) + "\n")
+        codes.append(0 if made.fits else EXIT_NOTHING_FITS)
+        if as_json:
+            click.echo(made.model_dump_json())
+        else:
+            options = "".join(f" --set {one}" for one in overrides)
+            target = output or f"{path}{options}"
+            render_plan(made, console, next_command=f"fitune run {target}" if made.fits else None)
+    sys.exit(EXIT_ERROR if EXIT_ERROR in codes else max(codes))
+
+
+def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:
+    if click.get_current_context().find_root().obj["debug"]:
+        raise error
+    if as_json:
+        click.echo(json.dumps({"recipe": path, "error": str(error)}))
+    else:
+        problems.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("recipe", metavar="RECIPE|PLAN.json")
+@SET_OPTION
+def run(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Plan, show the plan, train under monitoring, and report predicted against measured."""
+    from .running import run_recipe
+
+    sys.exit(run_recipe(recipe, overrides, console))
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def report(run_dir: Path, as_json: bool) -> None:
+    """Show a run's result: predicted against measured."""
+    from .report import load_report, make_report_json, render_report
+
+    made, found = load_report(run_dir)
+    if as_json:
+        click.echo(make_report_json(made, found))
+    else:
+        render_report(made, found, console)
+
+
+@cli.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@SET_OPTION
+def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Check recipes: keys, model, every row of the dataset."""
+    from .planning import Job, validate_job
+
+    failed = False
+    for path in recipes:
+        try:
+            found = validate_job(Job(path, overrides))
+        except FituneError as error:
+            failed = True
+            _show_plan_error(path, error, as_json=False)
+        else:
+            console.print(f"[green]ok[/green] {_escape(path)}: {_escape(found)}", soft_wrap=True)
+    sys.exit(EXIT_ERROR if failed else 0)
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--base", is_flag=True, help="The base model, without what was trained.")
+@click.option("-q", "--question", help="Answer one question and end.")
+def chat(run_dir: Path, base: bool, question: str | None) -> None:
+    """Talk to the tuned model of a run."""
+    from .chat import run_chat
+
+    run_chat(run_dir, console, use_base=base, question=question)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def doctor(as_json: bool) -> None:
+    """Check this machine: versions, CUDA, bitsandbytes, memory, disk; and what to do about what is wrong."""
+    from .doctor import render_doctor, run_doctor
+
+    found = run_doctor()
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        render_doctor(found, console)
+    sys.exit(0 if found.healthy else EXIT_ERROR)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List the recipes that ship with fitune."""
+    if context.invoked_subcommand is None:
+        from ..recipes.shipped import list_shipped
+
+        for one in list_shipped():
+            console.print(f"[bold]{one.name}[/bold]  {_escape(one.description)}", soft_wrap=True)
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a shipped recipe."""
+    from ..recipes.shipped import read_shipped
+
+    click.echo(read_shipped(name), nl=False)
+
+
+@cli.command()
+@click.argument("path", default="recipe.toml", type=click.Path(path_type=Path))
+@click.option("--model", help="The model: a folder, a catalog name or a hub id.")
+@click.option("--data", help="The training rows: a file or a hub id.")
+def init(path: Path, model: str | None, data: str | None) -> None:
+    """Write a commented starter recipe to PATH (recipe.toml); an existing file is never overwritten."""
+    from ..recipes.shipped import make_starter
+
+    text = make_starter(model, data)
+    if path.exists():
+        raise FituneError(f"{path} exists already: name another file")
+    _write_text(path, text)
+    console.print(f"wrote {_escape(str(path))}; next: [bold]fitune plan {_escape(str(path))}[/bold]", soft_wrap=True)
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from ..recipes.schema import make_schema
+
+    click.echo(json.dumps(make_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("size")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def explain(size: str, as_json: bool) -> None:
+    """Show the memory arithmetic for SIZE: 10B, 354.8M, or a catalog model such as gpt2-medium."""
+    from ..planner.explain import make_explanation, render_explanation
+
+    explanation = make_explanation(size)
+    if as_json:
+        click.echo(json.dumps(explanation.as_dict(), allow_nan=False))
+    else:
+        render_explanation(explanation, console)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FituneError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """The `fitune` command: errors become one clear message here, and nowhere else."""
+    # CUDA numbers mixed cards by speed, NVML by slot: both must mean the same card by 0.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        problems.print("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except FituneError as error:
+        if debug:
+            raise
+        problems.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_ERROR)
+    except Exception as error:
+        if debug:
+            raise
+        problems.print(
+            f"[bold red]error:[/bold red] this is a bug in fitune: {_escape(f'{type(error).__name__}: {error}')}\n"
+            "run the command again as `fitune --debug ...` and report what it prints",
+            soft_wrap=True,
+        )
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

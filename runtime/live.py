@@ -1,0 +1,57 @@
+"""What a person sees while a run goes on: one live line on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ..recipes.units import format_bytes
+
+LINES_WITHOUT_TERMINAL = 10
+"""Lines of a run where there is no terminal to redraw."""
+
+
+class LiveLine:
+    """Step, loss, tokens a second, memory now / predicted / budget, time left; a context manager."""
+
+    def __init__(self, console: Console, *, steps: int, predicted_bytes: int, budget_bytes: int) -> None:
+        self._console, self._steps = console, steps
+        self._predicted, self._budget = format_bytes(predicted_bytes), format_bytes(budget_bytes)
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(
+        self, step: int, *, loss: float, tokens_per_second: float, memory_bytes: int, seconds_left: float
+    ) -> None:
+        """Show one finished step."""
+        line = Text.assemble(
+            (f"step {step:>{len(str(self._steps))}}/{self._steps}", "bold"),
+            f"  loss {loss:6.3f}  {tokens_per_second:,.0f} tokens/s  memory {format_bytes(memory_bytes)} now, ",
+            f"{self._predicted} predicted, {self._budget} budget  {format_seconds(seconds_left)} left",
+        )
+        if self._live is not None:
+            self._live.update(line, refresh=True)
+        elif step == self._steps or step == 1 or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
+            self._console.print(line, soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3:07 min` or `2:15 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

@@ -1,0 +1,235 @@
+"""Finds the model that a recipe names, without torch; fetches its weights only when asked to.
+
+`model.id` is tried in this order: an existing folder or config.json, a name of fitune's catalog, a hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ..planner.catalog import find_model, list_models
+from ..planner.shape import find_untrainable_quantization
+from ..recipes.errors import ModelError
+from ..recipes.problems import find_nearest
+from ..recipes.schema import ModelTable
+from ..recipes.units import format_bytes
+from .embedded import EMBEDDED_MODEL, find_embedded_model, load_embedded_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+WEIGHT_FILES = ("*.safetensors",)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from.
+
+    id:       as the recipe writes it
+    kind:     folder, config (a config.json: planning only), catalog, embedded or hub
+    config:   the values of its config.json
+    folder:   where its files are, None until they are fetched
+    hub_id:   its name on the hub, None for a local one
+    revision: of the hub's repository
+    gated:    whether the hub asks for a token and an accepted licence
+    """
+
+    id: str
+    kind: Literal["folder", "config", "catalog", "embedded", "hub"]
+    config: Mapping[str, Any]
+    folder: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    gated: bool = False
+
+    @property
+    def config_sha256(self) -> str:
+        """Digest of the canonical JSON of the config: a plan made for another one is stale."""
+        text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_model_source(table: ModelTable, resolve: Callable[[str], Path]) -> ModelSource:
+    """The model of a recipe's [model] table; ModelError where there is none or it cannot be trained."""
+    source = _find_local(table, resolve) or _find_in_catalog(table) or _find_on_hub(table)
+    untrainable = find_untrainable_quantization(source.config)
+    if untrainable is not None:
+        raise ModelError(f"model.id: {table.id}: {untrainable}")
+    return source
+
+
+def _find_local(table: ModelTable, resolve: Callable[[str], Path]) -> ModelSource | None:
+    path = resolve(table.id)
+    if path.is_dir():
+        return ModelSource(id=table.id, kind="folder", config=read_config(path / "config.json"), folder=path)
+    if path.is_file():
+        return ModelSource(id=table.id, kind="config", config=read_config(path))
+    if table.id.startswith(("/", "./", "../", "~")) or table.id.endswith(".json"):
+        raise ModelError(f"model.id: {table.id}: there is no such folder or config.json ({path})")
+    return None
+
+
+def _find_in_catalog(table: ModelTable) -> ModelSource | None:
+    entry = find_model(table.id)
+    if entry is None:
+        return None
+    if entry.name == EMBEDDED_MODEL and table.revision is None:
+        return ModelSource(id=table.id, kind="embedded", config=entry.config, folder=find_embedded_model())
+    return ModelSource(
+        id=table.id,
+        kind="catalog",
+        config=entry.config,
+        hub_id=entry.hub_id,
+        revision=table.revision,
+        gated=entry.gated,
+    )
+
+
+def _find_on_hub(table: ModelTable) -> ModelSource:
+    if table.id.count("/") != 1 or " " in table.id:
+        hint = find_nearest(table.id, [model.name for model in list_models()])
+        raise ModelError(
+            f"model.id: {table.id}: not a folder, not a config.json, not in fitune's catalog and not a hub id "
+            f"(owner/name)" + (f"; did you mean {hint}?" if hint else "")
+        )
+    from huggingface_hub import hf_hub_download
+
+    path = _ask_hub(table.id, table.revision, lambda: hf_hub_download(table.id, "config.json", revision=table.revision))
+    return ModelSource(
+        id=table.id, kind="hub", config=read_config(Path(path)), hub_id=table.id, revision=table.revision
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; ModelError where it is missing, not JSON or has no model_type."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"model.id: {path}: no such file; a model's folder has a config.json") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"model.id: {path}: not a readable JSON file: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f'model.id: {path}: not a model\'s config.json: it has no "model_type"')
+    return config
+
+
+def fetch_model(source: ModelSource) -> Path:
+    """The local folder with the model's weights, downloaded or converted on first use; free disk is checked first."""
+    if source.kind == "config":
+        raise ModelError(f"model.id: {source.id}: a config.json alone can be planned, not run: give the model's folder")
+    if source.kind == "embedded":
+        return load_embedded_model()
+    if source.folder is not None:
+        if not any(True for pattern in WEIGHT_FILES for _ in source.folder.glob(pattern)):
+            raise ModelError(f"model.id: {source.folder}: there are no weights (*.safetensors) in this folder")
+        return source.folder
+    return _download(source)
+
+
+def has_local_tokenizer(source: ModelSource) -> bool:
+    """Whether the model's tokenizer is on this machine."""
+    folder = find_embedded_model() if source.kind == "embedded" else source.folder
+    return folder is not None and any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; of a hub model its small files are fetched, not the weights."""
+    from transformers import AutoTokenizer
+
+    from .quiet import quiet_libraries
+
+    where: str | Path
+    if source.kind == "config":
+        raise ModelError(f"model.id: {source.id}: a config.json alone has no tokenizer: give the model's folder")
+    if source.kind == "embedded":
+        where = load_embedded_model()
+    else:
+        where = source.folder if source.folder is not None else str(source.hub_id)
+
+    def load() -> Any:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(where, revision=source.revision, trust_remote_code=trust_remote_code)
+
+    if source.hub_id is not None:
+        return _ask_hub(source.hub_id, source.revision, load)  # type: ignore[no-any-return]
+    try:
+        return load()  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(f"model.id: {where}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _download(source: ModelSource) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    assert source.hub_id is not None, "a catalog or hub source has a hub id"
+    hub_id, revision = source.hub_id, source.revision
+
+    def download() -> str:
+        try:
+            return str(
+                snapshot_download(hub_id, revision=revision, allow_patterns=DOWNLOAD_PATTERNS, local_files_only=True)
+            )
+        except OSError:
+            files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
+        needed = sum(one.size or 0 for one in files if one.rfilename.endswith(".safetensors"))
+        _check_disk(hub_id, needed)
+        return str(snapshot_download(hub_id, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+
+    return Path(_ask_hub(hub_id, revision, download))
+
+
+def _check_disk(hub_id: str, needed_bytes: int) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ModelError(
+            f"model.id: {hub_id}: its weights are {format_bytes(needed_bytes)}, and {folder} has {format_bytes(free)} "
+            "free; set HF_HOME to a larger disk"
+        )
+
+
+def _ask_hub(hub_id: str, revision: str | None, question: Callable[[], T]) -> T:
+    """Run a question to the hub; its many errors become one ModelError that says what to do."""
+    from huggingface_hub import errors
+
+    where = f"model.id: {hub_id}" + (f" at revision {revision}" if revision else "")
+    try:
+        return question()
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{where}: the hub gates this model: accept its licence on its page, then `hf auth login` "
+            "(or set HF_TOKEN) with a token that may read it"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise ModelError(
+            f"{where}: the hub has no such model, or it is private and needs a token (HF_TOKEN)"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise ModelError(_unreachable(where)) from error
+        raise ModelError(
+            f"{where}: the hub has no config.json for it; fitune needs a transformers checkpoint"
+        ) from error
+    except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(f"{_unreachable(where)} ({type(error).__name__})") from error
+
+
+def _unreachable(where: str) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    return f"{where}: {reason} and the model is not in the local cache; give model.id a local folder, or connect"

@@ -1,0 +1,186 @@
+"""Optimizers by their recipe names, and updates of bf16 weights that do not get lost in rounding.
+
+A bf16 weight has 8 significant bits: an update smaller than 1/512 of it rounds to nothing, and at usual learning
+rates most are. So where bf16 weights are trained, the update is computed in fp32 and rounded stochastically: up or down
+with probabilities that make the expected weight the exact one. https://arxiv.org/abs/2010.06192
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+CHUNK_ELEMENTS = 2**24
+"""Elements of a weight that are updated at one time in fp32: bounds the temporaries to 64 MiB a buffer."""
+
+
+def make_optimizer(
+    name: str, model: nn.Module, *, learning_rate: float, weight_decay: float, rounding: str
+) -> torch.optim.Optimizer:
+    """The optimizer of a strategy over the model's trainable parameters.
+
+    name:         adamw, adamw_32bit, adamw_8bit, paged_adamw, paged_adamw_8bit or adafactor
+    weight_decay: applied to matrices only, not to biases and norms, as transformers' Trainer does
+    rounding:     nearest or stochastic
+    """
+    groups = _parameter_groups(model, weight_decay)
+    stochastic = rounding == "stochastic"
+    if name == "adamw":
+        if stochastic:
+            return StochasticAdamW(groups, lr=learning_rate)
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    if name == "adafactor":
+        optimizer = StochasticAdafactor if stochastic else torch.optim.Adafactor
+        return optimizer(groups, lr=learning_rate)
+    return _make_bitsandbytes(name, groups, learning_rate, stochastic)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _make_bitsandbytes(name: str, groups: list[dict[str, Any]], lr: float, stochastic: bool) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    plain = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "adamw_32bit": bnb.optim.AdamW32bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW32bit,
+    }[name]
+    kind = type(f"Stochastic{plain.__name__}", (_StochasticRounding, plain), {}) if stochastic else plain
+    return kind(groups, lr=lr)  # type: ignore[no-any-return]
+
+
+def round_stochastically(target: Tensor, exact: Tensor) -> None:
+    """Write fp32 `exact` into bf16 `target`, rounded up or down at random so that its expectation is exact.
+
+    bf16 is the upper half of an fp32's bits: adding a uniform 16-bit integer to the bits and cutting the lower half
+    carries into the upper one with just the probability of the part cut off. Infinities and NaN stay what they are.
+    """
+    bits = exact.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
+    target.copy_(torch.where(torch.isfinite(exact), rounded, exact))
+
+
+def _chunks(elements: int) -> Iterator[slice]:
+    for start in range(0, elements, CHUNK_ELEMENTS):
+        yield slice(start, min(start + CHUNK_ELEMENTS, elements))
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 weights with bf16 moments: fp32 arithmetic, weights and moments rounded stochastically.
+
+    Keeps 4 bytes of state a parameter, as torch.optim.AdamW does for bf16 weights; its second moment, too, would
+    otherwise stop decaying (0.1 % a step is less than bf16 resolves).
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "fitune's step computes the gradients itself"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        assert parameter.grad is not None, "the caller looked"
+        kept = [tensor.view(-1) for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"])]
+        gradient, counter = parameter.grad.reshape(-1), state["step"].clone()
+        for part in _chunks(parameter.numel()):
+            exact = [tensor[part].float() for tensor in kept]
+            state["step"].copy_(counter)
+            adamw(
+                [exact[0]],
+                [gradient[part].float()],
+                [exact[1]],
+                [exact[2]],
+                [],
+                [state["step"]],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for tensor, value in zip(kept, exact, strict=True):
+                round_stochastically(tensor[part], value)
+
+
+class _StochasticRounding:
+    """Mixed into a bitsandbytes optimizer: each update runs on fp32 copies of parts of a bf16 weight."""
+
+    state: dict[Any, dict[str, Any]]
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        if p.dtype != torch.bfloat16:
+            super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
+            return
+        state = self.state[p]
+        p.data = p.data.contiguous()
+        assert p.grad is not None, "bitsandbytes updates parameters with gradients only"
+        gradient, step = p.grad.reshape(-1), state["step"]
+        for part in _chunks(p.numel()):
+            piece = nn.Parameter(p.data.view(-1)[part].float(), requires_grad=False)
+            piece.grad = gradient[part].float()
+            self.state[piece] = _slice_state(state, part, step)
+            super().update_step(group, piece, gindex, pindex)  # type: ignore[misc]
+            del self.state[piece]
+            round_stochastically(p.data.view(-1)[part], piece.data)
+        state["step"] = step + 1
+
+
+def _slice_state(state: dict[str, Any], part: slice, step: int) -> dict[str, Any]:
+    """The part of a bitsandbytes state that belongs to elements `part`, whose start is a multiple of its 256-blocks."""
+    blocks = slice(part.start // 256, -(-part.stop // 256))
+    sliced = {"state1": part, "state2": part, "absmax1": blocks, "absmax2": blocks}
+    return {
+        key: value.view(-1)[sliced[key]] if key in sliced and isinstance(value, Tensor) else value
+        for key, value in {**state, "step": step}.items()
+    }
+
+
+class StochasticAdafactor(torch.optim.Adafactor):
+    """Adafactor for bf16 weights: one tensor at a time in fp32, rounded stochastically.
+
+    Rows and columns need the whole tensor, so the temporary is 8 bytes an element of the largest one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "fitune's step computes the gradients itself"
+        groups = self.param_groups
+        for group in groups:
+            for parameter in [p for p in group["params"] if p.grad is not None]:
+                weight, gradient = parameter.data, parameter.grad
+                parameter.data, parameter.grad = weight.float(), gradient.float()
+                self.param_groups = [{**group, "params": [parameter]}]
+                super().step()  # type: ignore[no-untyped-call]
+                round_stochastically(weight, parameter.data)
+                parameter.data, parameter.grad = weight, gradient
+        self.param_groups = groups

@@ -1,0 +1,210 @@
+"""From a recipe's path to a plan, and from a recipe or a plan to everything that a run needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from ..planner.plan import Plan, PlanInputs, make_plan
+from ..planner.shape import make_shape
+from ..planner.strategy import DataFacts
+from ..recipes.errors import FituneError, PlanError
+from ..recipes.load import RecipeFile, load_recipe
+from .batches import padded_width
+from .devices import probe_device
+from .models import ModelSource, find_model_source, has_local_tokenizer, load_tokenizer
+from .rows import Row, load_rows
+from .tokens import TokenizedRows, tokenize_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGES = ("fitune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedData:
+    """The recipe's rows, ready to train on.
+
+    tokenizer:   with a chat template, the default one where the model has none
+    default_template: whether that default was needed
+    train, eval: tokenised rows; eval is None without held-out rows
+    eval_rows:   the held-out rows as text
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    default_template: bool
+    train: TokenizedRows
+    eval: TokenizedRows | None
+    eval_rows: tuple[Row, ...]
+
+
+class Job:
+    """One recipe and what it names, each found when first asked for: the model, the data, the plan."""
+
+    def __init__(self, path: str, overrides: Sequence[str] = ()) -> None:
+        self.path, self.overrides = path, tuple(overrides)
+        self.recipe_file: RecipeFile = load_recipe(path, overrides)
+        _check_supported(self.recipe_file)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The model that the recipe names, without its weights."""
+        return find_model_source(self.recipe_file.recipe.model, self.recipe_file.resolve)
+
+    @cached_property
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """Training and held-out rows as text."""
+        recipe = self.recipe_file.recipe
+        return load_rows(recipe.data, self.recipe_file.resolve, seed=recipe.train.seed)
+
+    @cached_property
+    def data(self) -> TokenizedData:
+        """The rows as tokens; fetches the tokenizer where it is not here yet."""
+        from .templates import ensure_chat_template
+
+        recipe = self.recipe_file.recipe
+        train, held_out = self.rows
+        tokenizer = load_tokenizer(self.source, trust_remote_code=recipe.model.trust_remote_code)
+        default_template = ensure_chat_template(tokenizer)
+        length = recipe.data.max_length
+        return TokenizedData(
+            tokenizer=tokenizer,
+            default_template=default_template,
+            train=tokenize_rows(train, tokenizer, max_length=length),
+            eval=tokenize_rows(held_out, tokenizer, max_length=length) if held_out else None,
+            eval_rows=tuple(held_out),
+        )
+
+    def find_data_facts(self, *, quick: bool) -> DataFacts:
+        """The longest row and how many there are: from the tokenised dataset where it and the tokenizer are here."""
+        recipe = self.recipe_file.recipe
+        longest = recipe.data.max_length
+        assumed = f"planned for rows of data.max_length = {longest:,} tokens"
+        if quick:
+            return DataFacts(longest_row_tokens=longest, source=f"{assumed}: --quick does not read the dataset")
+        missing = self._find_missing_data()
+        if missing is not None:
+            return DataFacts(longest_row_tokens=longest, source=f"{assumed}: {missing}")
+        if not has_local_tokenizer(self.source):
+            why = "the model's tokenizer is not here yet"
+            return DataFacts(rows=len(self.rows[0]), longest_row_tokens=longest, source=f"{assumed}: {why}")
+        tokens = [self.data.train] + ([] if self.data.eval is None else [self.data.eval])
+        width = padded_width(max(one.longest_row_tokens for one in tokens), max_length=longest)
+        return DataFacts(rows=len(self.data.train), longest_row_tokens=width, source="the longest row, tokenised")
+
+    def _find_missing_data(self) -> str | None:
+        """A phrase where the training data is not here; a dataset on a hub is fetched by `run` only."""
+        train = self.recipe_file.recipe.data.train
+        written = [train] if isinstance(train, str) else [source.path for source in train]
+        absent = [one for one in written if not self.recipe_file.resolve(one).exists()]
+        return f"data.train: {absent[0]} is not here" if absent else None
+
+    def make_plan(self, *, quick: bool) -> Plan:
+        """The plan; quick: closed forms alone and without reading the dataset."""
+        recipe_file = self.recipe_file
+        return make_plan(
+            PlanInputs(
+                recipe_file=recipe_file,
+                recipe_path=self.path,
+                overrides=self.overrides,
+                shape=make_shape(self.source.config),
+                config_sha256=self.source.config_sha256,
+                device=probe_device(recipe_file.recipe.budget, disk_path=self.output_parent),
+                data=self.find_data_facts(quick=quick),
+                versions=find_versions(),
+            )
+        )
+
+    @property
+    def output_parent(self) -> Path:
+        """The folder that the run's directory is, or will be, in."""
+        written = self.recipe_file.recipe.output.dir
+        return Path("runs") if written is None else self.recipe_file.resolve(written).parent
+
+
+def _check_supported(recipe_file: RecipeFile) -> None:
+    if recipe_file.recipe.data.packing:
+        raise PlanError(f"{recipe_file.path}: data.packing: packing is not there yet; leave it false")
+
+
+def find_versions() -> dict[str, str]:
+    """Versions of fitune and of the libraries that decide memory; those that are not installed are left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def load_plan(path: Path) -> Plan:
+    """A saved plan; PlanError where it cannot be read."""
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path}: not a plan of this version of fitune: {where}: {first['msg']}") from error
+
+
+def reopen_plan(path: Path) -> tuple[Job, Plan, tuple[str, ...]]:
+    """The job of a saved plan, the plan, and warnings; PlanError where recipe, model or device differ from its own."""
+    plan = load_plan(path)
+    written = Path(plan.recipe)
+    beside = path.parent / written
+    recipe_path = plan.recipe if written.exists() or not beside.exists() else str(beside)
+    try:
+        job = Job(recipe_path, plan.overrides)
+    except FituneError as error:
+        raise PlanError(f"{path}: stale: its recipe {plan.recipe} cannot be used any more: {error}") from error
+    device = probe_device(job.recipe_file.recipe.budget, disk_path=job.output_parent)
+    found = {
+        "the recipe": (plan.recipe_sha256, job.recipe_file.sha256),
+        "the model's config": (plan.model.config_sha256, job.source.config_sha256),
+        "the device": (_describe_device(plan), f"{device.name}, {device.memory_bytes:,} bytes"),
+    }
+    changed = [f"{what} was {was}, now {now}" for what, (was, now) in found.items() if was != now]
+    if changed:
+        raise PlanError(
+            f"{path}: stale: {'; '.join(changed)}: make a new plan with `fitune plan {plan.recipe} -o {path}`"
+        )
+    installed = find_versions()
+    warnings = tuple(
+        f"planned with {name} {version}, running with {installed.get(name, 'none')}"
+        for name, version in plan.versions.items()
+        if installed.get(name) != version
+    )
+    return job, plan, warnings
+
+
+def _describe_device(plan: Plan) -> str:
+    return f"{plan.device.name}, {plan.device.memory_bytes:,} bytes"
+
+
+def check_data_fits_plan(job: Job, plan: Plan) -> None:
+    """PlanError where the dataset has a longer row than the plan allows for."""
+    data = job.data
+    longest = max(one.longest_row_tokens for one in (data.train, data.eval) if one is not None)
+    if longest > plan.data.sequence_length:
+        raise PlanError(
+            f"stale: the plan allows for rows of {plan.data.sequence_length:,} tokens, the dataset's longest has "
+            f"{longest:,}: make a new plan"
+        )
+
+
+def validate_job(job: Job) -> str:
+    """Check everything that needs no weights: the model's config, the dataset's rows; says what was found."""
+    source = job.source
+    make_shape(source.config)
+    train, held_out = job.rows
+    return f"{source.id} ({source.kind}), {len(train):,} rows to train on, {len(held_out):,} held out"

@@ -1,0 +1,200 @@
+"""RunReport: predicted against measured, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..planner.plan import Plan
+from ..planner.reasons import describe_strategy
+from ..planner.strategy import Value
+from ..recipes.errors import RunError
+from ..recipes.units import format_bytes
+from .rundir import PLAN_NAME, REPORT_NAME
+
+Status = Literal["finished", "interrupted", "out_of_time"]
+
+
+class MeasuredPhase(Value):
+    """A phase as it was measured.
+
+    name:              load, forward, backward, clip, optimizer, evaluate, save or merge
+    seconds:           time spent in it
+    peak_allocated_bytes: highest sum of live tensors on the GPU, None on a CPU
+    peak_device_bytes: highest of the device, sampled; on a CPU the process's resident peak
+    """
+
+    name: str
+    seconds: float
+    peak_allocated_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+
+class MeasuredMemory(Value):
+    """What a run really took, bytes.
+
+    peak_allocated_bytes, peak_reserved_bytes: PyTorch's allocator, None on a CPU
+    peak_device_bytes: NVML; on a CPU the process's resident peak
+    peak_host_bytes:   the process's resident peak
+    disk_bytes:        files of the run
+    """
+
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_device_bytes: int | None
+    peak_host_bytes: int
+    disk_bytes: int
+    phases: tuple[MeasuredPhase, ...]
+
+
+class Loss(Value):
+    """Mean cross-entropy a token.
+
+    before, after:  on the held-out rows, None without any
+    first, last:    of the first and the last training step
+    """
+
+    before: float | None
+    after: float | None
+    first: float | None
+    last: float | None
+
+
+class Sample(Value):
+    """One held-out question, answered before and after."""
+
+    question: str
+    before: str
+    after: str
+
+
+class Speed(Value):
+    """How fast it went.
+
+    steps:             optimizer steps done
+    tokens:            tokens computed, padding excepted
+    train_seconds:     in training steps
+    total_seconds:     from loading the model to the last file
+    tokens_per_second: tokens / train_seconds
+    energy_joules:     of the GPU, None without one
+    """
+
+    steps: int
+    tokens: int
+    train_seconds: float
+    total_seconds: float
+    tokens_per_second: float | None
+    energy_joules: float | None = None
+
+
+class RunReport(Value):
+    """What happened: the document that a run writes last.
+
+    status:    finished; interrupted by Ctrl-C; out_of_time by budget.max_hours
+    measured:  memory as measured; the prediction is in plan.json beside it
+    events:    of the monitor: what left the plan
+    output:    folders with what was trained, by name
+    """
+
+    format_version: Literal[1] = 1
+    recipe: str
+    recipe_sha256: str
+    status: Status
+    started_unix_time: float
+    loss: Loss
+    sample: Sample | None
+    measured: MeasuredMemory
+    speed: Speed
+    events: tuple[dict[str, Any], ...] = ()
+    output: dict[str, str]
+    versions: dict[str, str]
+    skipped_steps: int = Field(default=0, ge=0)
+
+
+def load_report(run: Path) -> tuple[Plan, RunReport]:
+    """The plan and the report of a run directory; RunError where there is none or it cannot be read."""
+    if not run.is_dir():
+        raise RunError(f"{run}: there is no such run directory")
+    if not (run / REPORT_NAME).is_file():
+        raise RunError(f"{run}: no {REPORT_NAME} in it: the run has not finished, or this is not a run directory")
+    try:
+        plan = Plan.model_validate_json((run / PLAN_NAME).read_bytes())
+        report = RunReport.model_validate_json((run / REPORT_NAME).read_bytes())
+    except (OSError, ValidationError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{run}: its plan or report cannot be read: {first}") from error
+    return plan, report
+
+
+def make_report_json(plan: Plan, report: RunReport) -> str:
+    """One JSON object: the report, with the predicted memory beside the measured one."""
+    document = report.model_dump(mode="json")
+    document["predicted"] = plan.memory.model_dump(mode="json")
+    return json.dumps(document, allow_nan=False)
+
+
+def render_report(plan: Plan, report: RunReport, console: Console) -> None:
+    """Print a run's result: loss, the sample question, predicted against measured memory, speed."""
+    console.print(
+        Panel(
+            _render_result(plan, report),
+            title=f"Run of [bold]{escape(report.recipe)}[/bold]: {report.status}",
+            title_align="left",
+        )
+    )
+    console.print(_render_memory(plan, report))
+    for event in report.events:
+        console.print(Text.assemble(("note: ", "yellow"), str(event["message"])))
+
+
+def _render_result(plan: Plan, report: RunReport) -> Group:
+    lines: list[Text] = [Text(describe_strategy(plan.strategy), style="bright_black")]
+    loss, speed = report.loss, report.speed
+    if loss.before is not None and loss.after is not None:
+        change = 100 * (loss.after / loss.before - 1)
+        style = "bold green" if loss.after < loss.before else "bold red"
+        text = f"{loss.before:.3f} -> {loss.after:.3f} ({change:+.1f} %)"
+        lines.append(Text.assemble("held-out loss  ", (text, style)))
+    if loss.first is not None and loss.last is not None:
+        lines.append(Text(f"training loss  {loss.first:.3f} -> {loss.last:.3f} in {speed.steps} steps"))
+    if speed.tokens_per_second is not None:
+        energy = "" if speed.energy_joules is None else f", {speed.energy_joules / 3600:.1f} Wh"
+        lines.append(
+            Text(f"speed          {speed.tokens_per_second:,.0f} tokens/s, {speed.total_seconds:,.0f} s in all{energy}")
+        )
+    if report.sample is not None:
+        lines += [
+            Text(),
+            Text.assemble(("held-out question  ", "bold"), report.sample.question),
+            Text.assemble(("before  ", "bold"), report.sample.before),
+            Text.assemble(("after   ", "bold green"), report.sample.after),
+        ]
+    return Group(*lines)
+
+
+def _render_memory(plan: Plan, report: RunReport) -> Table:
+    predicted, measured = plan.memory, report.measured
+    what = "device memory (NVML)" if plan.device.kind == "cuda" else "resident memory of the process"
+    table = Table(title="Memory, predicted against measured", title_justify="left", box=None, padding=(0, 2))
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [
+        ("live tensors", predicted.peak_allocated_bytes, measured.peak_allocated_bytes),
+        ("reserved by the allocator", predicted.peak_reserved_bytes, measured.peak_reserved_bytes),
+        (what, predicted.peak_device_bytes, measured.peak_device_bytes),
+        ("files", predicted.disk_bytes, measured.disk_bytes),
+    ]
+    for name, ours, theirs in rows:
+        if ours is not None and theirs is not None:
+            table.add_row(name, format_bytes(ours), format_bytes(theirs), f"{100 * (ours / max(theirs, 1) - 1):+.1f} %")
+    table.add_row("with margin, decided on", format_bytes(predicted.required_bytes), "", "")
+    table.add_row("budget", format_bytes(predicted.budget_bytes), "", "")
+    return table

@@ -1,0 +1,98 @@
+"""The training step, and nothing else: what the planner's figures are about.
+
+forward under autocast -> loss -> backward, for each micro-batch; then clip, optimizer, gradients set to None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..planner.strategy import Strategy
+from .losses import compute_loss
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows of one forward.
+
+    input_ids: [micro_batch, sequence], int64, right-padded
+    labels:    [micro_batch, sequence], int64, -100 where a token is not trained
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did.
+
+    loss:          mean cross-entropy of its trained tokens, before the update
+    gradient_norm: before clipping
+    applied:       False where fp16 overflowed and the scaler skipped the update
+    """
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+
+
+@contextlib.contextmanager
+def autocast(strategy: Strategy, device: torch.device) -> Iterator[None]:
+    """Autocast to the strategy's compute dtype; nothing where that is fp32."""
+    enabled = strategy.compute_dtype != "fp32"
+    with torch.autocast(device.type, TORCH_DTYPES[strategy.compute_dtype] if enabled else None, enabled=enabled):
+        yield
+
+
+def make_scaler(strategy: Strategy, device: torch.device) -> torch.amp.GradScaler:
+    """A gradient scaler, enabled for fp16 only."""
+    return torch.amp.GradScaler(device.type, enabled=strategy.compute_dtype == "fp16")
+
+
+def training_step(
+    model: nn.Module,
+    base: Any,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    tokens: int,
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    clip: Callable[[], Tensor | float],
+    enter_phase: Callable[[str], None] = lambda _: None,
+) -> StepResult:
+    """One optimizer step over all its micro-batches.
+
+    tokens: trained tokens of all micro-batches together
+    clip:   scales the gradients to the recipe's norm and returns the norm before
+    """
+    device = micro_batches[0].input_ids.device
+    loss_sum: Tensor | None = None
+    for batch in micro_batches:
+        enter_phase("forward")
+        with autocast(strategy, device):
+            loss = compute_loss(model, base, batch.input_ids, batch.labels, loss_head=strategy.loss_head, tokens=tokens)
+        enter_phase("backward")
+        scaler.scale(loss).backward()
+        loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+        del loss
+    assert loss_sum is not None, "a step has at least one micro-batch"
+    enter_phase("clip")
+    scaler.unscale_(optimizer)
+    norm = float(clip())
+    enter_phase("optimizer")
+    if strategy.compute_dtype == "fp16" or math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss=float(loss_sum), gradient_norm=norm, applied=math.isfinite(norm))

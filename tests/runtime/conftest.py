@@ -1,0 +1,72 @@
+"""A machine with NVIDIA GPUs, as far as NVML can tell: a stand-in for the driver's library, loaded by pynvml."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RunOnFakeGpus = Callable[..., Any]
+
+PRELUDE = """
+import dataclasses, json, os
+from pathlib import Path
+
+def set_state(**state):
+    path = Path(os.environ["FAKE_NVML_STATE"])
+    path.with_suffix(".new").write_text("".join(f"{key} {value}\\n" for key, value in state.items()))
+    path.with_suffix(".new").replace(path)
+
+def show(value):
+    print("SHOWN" + json.dumps(value, default=dataclasses.asdict))
+"""
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libnvidia-ml.so.1 that is compiled from fake_nvml.c."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in of NVML")
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).with_name("fake_nvml.c")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(folder / "libnvidia-ml.so.1"), str(source)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def run_on_fake_gpus(nvml_library: Path, tmp_path: Path) -> RunOnFakeGpus:
+    """Runs Python source in a process that finds the stand-in, and returns what the source gives to `show`.
+
+    The keywords are the stand-in's state at the start; `set_state(...)` in the source changes it. `visible` is
+    CUDA_VISIBLE_DEVICES, and `environment` adds further variables.
+    """
+
+    def run(source: str, *, visible: str | None = None, environment: dict[str, str] | None = None, **state: int) -> Any:
+        state_path = tmp_path / "state"
+        state_path.write_text("".join(f"{key} {value}\n" for key, value in state.items()))
+        variables = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+        variables |= {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML_STATE": str(state_path)}
+        variables |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(source)],
+            env=variables | (environment or {}),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        (shown,) = (line for line in done.stdout.splitlines() if line.startswith("SHOWN"))
+        return json.loads(shown.removeprefix("SHOWN"))
+
+    return run
