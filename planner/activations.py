@@ -103,6 +103,7 @@ def _reads_norm(linear: LinearShape) -> bool:
 def _attention_bytes(step: StepShape, block: BlockShape) -> int:
     """SDPA and flash attention keep q, k, v, the output and the log-sum-exp (fp32, one a head and token).
 
+    With an explicit mask (packed rows, a window shorter than the sequence) SDPA expands k and v to all heads.
     Eager keeps k and v expanded to all heads and the scores: softmax in fp32 and its copy, B * heads * S * S * (4 + a),
     and soft-capping another a.
     """
@@ -111,8 +112,9 @@ def _attention_bytes(step: StepShape, block: BlockShape) -> int:
     keys = step.tokens * shape.kv_heads * shape.head_dim
     if step.strategy.attention != "eager":
         window = block.sliding_window
-        masked = step.sequence**2 if window is not None and step.sequence > window else 0
-        return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads + masked
+        is_masked = step.strategy.packing or (window is not None and step.sequence > window)
+        keys = queries if is_masked and step.strategy.attention == "sdpa" else keys
+        return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads
     scores = step.tokens * step.sequence * shape.heads
     capped = a * scores if shape.attention_softcap else 0
     return a * 4 * queries + (FP32 + a) * scores + capped

@@ -37,6 +37,8 @@ def list_warnings(
         texts.append('method.adapter_dtype = "bf16": where the run computes in fp32 the adapters are fp32 too')
     if device.kind == "cpu" and strategy.optimizer.startswith("paged_"):
         texts.append(f"train.optimizer = {strategy.optimizer!r}: paged optimizers run unpaged on a CPU")
+    if strategy.attention != recipe.model.attention:
+        texts.append(f'model.attention = "{recipe.model.attention}": {shape.model_type} runs with eager attention only')
     if recipe.budget.gpus > 1:
         texts.append(f"budget.gpus = {recipe.budget.gpus}: this version trains on one card; the plan is for one")
     if recipe.budget.max_hours is not None:

@@ -81,8 +81,11 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
     return (Setting(weights=asked, compute=compute),)
 
 
-def list_strategies(recipe: Recipe, device: Device, method: Method) -> Iterator[Strategy]:
-    """Every strategy of `method` that the recipe's fixed keys leave open."""
+def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa: bool = True) -> Iterator[Strategy]:
+    """Every strategy of `method` that the recipe's fixed keys leave open.
+
+    has_sdpa: whether transformers runs this architecture with SDPA; where not, attention is eager
+    """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
     for setting, checkpointing, head, optimizer, micro in product(
@@ -106,13 +109,14 @@ def list_strategies(recipe: Recipe, device: Device, method: Method) -> Iterator[
             adapter_targets=adapters.targets if has_adapter else None,
             adapter_dropout=adapters.dropout if has_adapter else 0.0,
             double_quantization=adapters.double_quantization,
-            attention=recipe.model.attention,
+            attention=recipe.model.attention if has_sdpa or recipe.model.attention != "sdpa" else "eager",
             micro_batch_size=micro,
             gradient_accumulation_steps=train.global_batch_size // micro,
             gradient_checkpointing=checkpointing,
             loss_head=head,
             optimizer=optimizer,
             compile=train.compile is True,
+            packing=recipe.data.packing,
             learning_rate=LEARNING_RATE[method] if train.learning_rate == "auto" else train.learning_rate,
         )
 

@@ -144,6 +144,11 @@ class ModelShape:
                 counts[linear] = counts.get(linear, 0) + block.repeats
         return tuple(counts.items())
 
+    @property
+    def has_sdpa(self) -> bool:
+        """Whether transformers 5 runs it with SDPA, which has no soft-capping of scores."""
+        return self.attention_softcap is None
+
     @cached_property
     def parameters(self) -> int:
         """All parameters; tied weights once."""

@@ -161,7 +161,7 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None) -> Plan:
     measure = measure or make_closed_form_measure(shape, device, length, merge=recipe.output.merge)
     rejected: list[_Candidate] = []
     chosen: _Candidate | None = None
-    for strategy in _walk(recipe, device, length):
+    for strategy in _walk(recipe, device, shape, length):
         memory = measure(strategy)
         candidate = _Candidate(strategy=strategy, memory=memory, shortfall_bytes=_shortfall(memory, device))
         if candidate.shortfall_bytes <= 0:
@@ -172,12 +172,13 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None) -> Plan:
     return _write_plan(inputs, closest, rejected, fits=chosen is not None)
 
 
-def _walk(recipe: Recipe, device: Device, length: int) -> Iterable[Strategy]:
+def _walk(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> Iterable[Strategy]:
     """All candidates: methods in the recipe's order, fastest first within each."""
     problems = []
     for method in list_methods(recipe):
         try:
-            yield from sorted(list_strategies(recipe, device, method), key=lambda one: order_key(one, device, length))
+            strategies = list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa)
+            yield from sorted(strategies, key=lambda one: order_key(one, device, length))
         except PlanError as error:
             problems.append(error)
     if len(problems) == len(list_methods(recipe)):

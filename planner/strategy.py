@@ -78,6 +78,7 @@ class Strategy(Value):
     loss_head:        `full` keeps the logits of all tokens, `chunked` 1,024 rows at a time
     optimizer:        one of the recipe's names
     compile:          layers compiled
+    packing:          short rows put together, which gives attention an explicit mask
     learning_rate:    peak of the schedule
     """
 
@@ -97,4 +98,5 @@ class Strategy(Value):
     loss_head: Literal["full", "chunked"]
     optimizer: Optimizer
     compile: bool = False
+    packing: bool = False
     learning_rate: float = Field(gt=0)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .step import MicroBatch
     from .tokens import TokenizedRow, TokenizedRows
 
@@ -103,7 +105,17 @@ def make_micro_batch(rows: Sequence[TokenizedRow], *, pad_token_id: int, max_len
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = torch.tensor(row.input_ids, dtype=torch.int64)
         labels[index, : len(row)] = torch.tensor(row.labels, dtype=torch.int64)
-    return MicroBatch(input_ids=input_ids, labels=labels)
+    return MicroBatch(input_ids=input_ids, labels=labels, position_ids=_make_position_ids(rows, width))
+
+
+def _make_position_ids(rows: Sequence[TokenizedRow], width: int) -> Tensor | None:
+    """[micro_batch, width], from 0 in each document and again in the padding; None where nothing is packed."""
+    import torch
+
+    if not any(row.documents for row in rows):
+        return None
+    lengths = [[*(row.documents or (len(row),)), width - len(row)] for row in rows]
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
 
 
 def padded_width(longest_row_tokens: int, *, max_length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -202,7 +203,7 @@ def explain(size: str, as_json: bool) -> None:
 
     explanation = make_explanation(size)
     if as_json:
-        click.echo(json.dumps(explanation.as_dict(), allow_nan=False))
+        click.echo(explanation.model_dump_json())
     else:
         render_explanation(explanation, console)
 
@@ -224,6 +225,8 @@ def main() -> None:
     """The `fitune` command: errors become one clear message here, and nowhere else."""
     # CUDA numbers mixed cards by speed, NVML by slot: both must mean the same card by 0.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # bitsandbytes 0.50 warns on every import on a CPU that the optional package `kernels` is missing; it means nothing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]
     try:
         cli(standalone_mode=False)

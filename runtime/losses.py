@@ -19,7 +19,14 @@ IGNORED = -100
 
 
 def compute_loss(
-    model: nn.Module, base: Any, input_ids: Tensor, labels: Tensor, *, loss_head: str, tokens: int
+    model: nn.Module,
+    base: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    loss_head: str,
+    tokens: int,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens divided by `tokens`, a scalar.
 
@@ -28,10 +35,14 @@ def compute_loss(
     input_ids: [micro_batch, sequence], right-padded; causal attention keeps padding out of every real token
     labels:    [micro_batch, sequence], IGNORED where a token is not trained; shifted here
     tokens:    trained tokens of the whole optimizer step, so that losses of micro-batches add up to its mean
+    position_ids: [micro_batch, sequence] of packed rows; None otherwise
     """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
     if loss_head == "full":
-        return model(input_ids=input_ids, labels=labels, use_cache=False, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
-    hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        return model(**inputs, labels=labels, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
+    hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
     head, transform = base.get_output_embeddings(), make_logit_transform(base.config.get_text_config())
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)

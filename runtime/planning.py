@@ -51,7 +51,6 @@ class Job:
     def __init__(self, path: str, overrides: Sequence[str] = ()) -> None:
         self.path, self.overrides = path, tuple(overrides)
         self.recipe_file: RecipeFile = load_recipe(path, overrides)
-        _check_supported(self.recipe_file)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -74,10 +73,15 @@ class Job:
         tokenizer = load_tokenizer(self.source, trust_remote_code=recipe.model.trust_remote_code)
         default_template = ensure_chat_template(tokenizer)
         length = recipe.data.max_length
+        tokenized = tokenize_rows(train, tokenizer, max_length=length)
+        if recipe.data.packing:
+            from .packing import pack_rows
+
+            tokenized = pack_rows(tokenized)
         return TokenizedData(
             tokenizer=tokenizer,
             default_template=default_template,
-            train=tokenize_rows(train, tokenizer, max_length=length),
+            train=tokenized,
             eval=tokenize_rows(held_out, tokenizer, max_length=length) if held_out else None,
             eval_rows=tuple(held_out),
         )
@@ -127,11 +131,6 @@ class Job:
         """The folder that the run's directory is, or will be, in."""
         written = self.recipe_file.recipe.output.dir
         return Path("runs") if written is None else self.recipe_file.resolve(written).parent
-
-
-def _check_supported(recipe_file: RecipeFile) -> None:
-    if recipe_file.recipe.data.packing:
-        raise PlanError(f"{recipe_file.path}: data.packing: packing is not there yet; leave it false")
 
 
 def find_versions() -> dict[str, str]:

@@ -24,12 +24,19 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 class MicroBatch:
     """Rows of one forward.
 
-    input_ids: [micro_batch, sequence], int64, right-padded
-    labels:    [micro_batch, sequence], int64, -100 where a token is not trained
+    input_ids:    [micro_batch, sequence], int64, right-padded
+    labels:       [micro_batch, sequence], int64, -100 where a token is not trained
+    position_ids: [micro_batch, sequence], int64, from 0 in each packed document; None where nothing is packed
     """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same rows on `device`."""
+        position_ids = None if self.position_ids is None else self.position_ids.to(device)
+        return MicroBatch(input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=position_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,15 @@ def training_step(
     for batch in micro_batches:
         enter_phase("forward")
         with autocast(strategy, device):
-            loss = compute_loss(model, base, batch.input_ids, batch.labels, loss_head=strategy.loss_head, tokens=tokens)
+            loss = compute_loss(
+                model,
+                base,
+                batch.input_ids,
+                batch.labels,
+                loss_head=strategy.loss_head,
+                tokens=tokens,
+                position_ids=batch.position_ids,
+            )
         enter_phase("backward")
         scaler.scale(loss).backward()
         loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()

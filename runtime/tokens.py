@@ -46,10 +46,12 @@ class TokenizedRow:
 
     input_ids: token ids, 1 or more
     labels:    as many: the id of a trained token, -100 for one that is not
+    documents: lengths of the rows packed into this one, in tokens; empty where it is one row
     """
 
     input_ids: array[int]
     labels: array[int]
+    documents: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

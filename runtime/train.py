@@ -26,13 +26,14 @@ from .meter import Meter
 from .models import fetch_model
 from .oom import describe_out_of_memory, is_out_of_memory
 from .optimizers import make_optimizer
+from .packing import check_packing
 from .planning import Job
 from .quiet import quiet_libraries
 from .report import Loss, RunReport, Sample, Speed, Status
 from .rows import Row
 from .rundir import PLAN_NAME, REPORT_NAME, RunDirectory
 from .save import count_file_bytes, free_memory, make_card, save_merged, save_trained
-from .step import MicroBatch, make_scaler, training_step
+from .step import autocast, make_scaler, training_step
 from .tokens import find_stop_token_ids
 from .tracker import JsonLinesTracker
 
@@ -142,7 +143,10 @@ class Run:
             trust_remote_code=self.recipe.model.trust_remote_code,
         )
         self.accelerator.prepare_model(built.model)
-        check_loss_head(built.model, built.base, loss_head=self.strategy.loss_head, device=self.device)
+        with autocast(self.strategy, self.device):
+            check_loss_head(built.model, built.base, loss_head=self.strategy.loss_head, device=self.device)
+            if self.strategy.packing:
+                check_packing(built.model, built.base, device=self.device)
         return built
 
     def _train(self, built: BuiltModel, meter: Meter) -> Status:
@@ -202,10 +206,7 @@ class Run:
         steps: int,
     ) -> None:
         start = time.perf_counter()
-        micro_batches = [
-            MicroBatch(input_ids=one.input_ids.to(self.device), labels=one.labels.to(self.device))
-            for one in batch.micro_batches
-        ]
+        micro_batches = [one.to(self.device) for one in batch.micro_batches]
         result = training_step(
             built.model,
             built.base,
