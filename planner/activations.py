@@ -27,6 +27,11 @@ class StepShape:
         self.weight_bytes = DTYPE_BYTES[strategy.weights_dtype]
         self.trains_base = strategy.method == "full"
         self.casts = self.compute_bytes != self.weight_bytes
+        # bitsandbytes' Linear4bit returns its input's dtype, and autocast's LayerNorm hands it fp32: so the MLP, and
+        # with it the residual stream, is fp32 there.
+        widens = strategy.method == "qlora" and shape.norm == "layernorm"
+        self.mlp_bytes = FP32 if widens else self.compute_bytes
+        self.residual_bytes = FP32 if widens else self.weight_bytes
 
     def needs_input(self, linear: LinearShape) -> bool:
         """Whether a linear layer's input is kept: for its own gradient or for its adapter's."""
@@ -54,13 +59,17 @@ def estimate_layer_bytes(step: StepShape, block: BlockShape) -> int:
 
 
 def _norm_bytes(step: StepShape) -> int:
-    """Each norm keeps its input in fp32 (4TH), and where its own weight is trained the normalised copy (wTH)."""
-    shape, features = step.shape, step.shape.hidden_size
-    each = FP32 * step.tokens * features
-    if step.trains_base and shape.norm == "rmsnorm":
-        each += step.weight_bytes * step.tokens * features
-    query_key = FP32 * step.tokens * (shape.heads + shape.kv_heads) * shape.head_dim if shape.qk_norm else 0
-    return shape.norms_per_block * each + query_key
+    """Each norm keeps its input in fp32 (4TH), and where its own weight is trained the normalised copy in the input's
+    dtype (wTH; aT a feature of queries and keys). Norms that read the same fp32 residual share it."""
+    shape = step.shape
+    trains_copy = step.trains_base and shape.norm == "rmsnorm"
+    each = FP32 + (step.weight_bytes if trains_copy else 0)
+    shares = shape.parallel_residual and step.residual_bytes == FP32
+    hidden = (1 if shares else shape.norms_per_block) * each * step.tokens * shape.hidden_size
+    if not shape.qk_norm:
+        return hidden
+    query_key = FP32 + (step.compute_bytes if trains_copy else 0)
+    return hidden + query_key * step.tokens * (shape.heads + shape.kv_heads) * shape.head_dim
 
 
 def _linear_bytes(step: StepShape, linear: LinearShape) -> int:
@@ -114,21 +123,32 @@ def _attention_bytes(step: StepShape, block: BlockShape) -> int:
         window = block.sliding_window
         is_masked = step.strategy.packing or (window is not None and step.sequence > window)
         keys = queries if is_masked and step.strategy.attention == "sdpa" else keys
-        return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads
+        fused = a * (queries + keys) if _keeps_fused_projection(step, block) else 0
+        return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads + fused
     scores = step.tokens * step.sequence * shape.heads
     capped = a * scores if shape.attention_softcap else 0
     return a * 4 * queries + (FP32 + a) * scores + capped
 
 
-def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
-    """Gated: gate, activation(gate), up, and their product as the input of the last linear layer: 4aTI.
+def _keeps_fused_projection(step: StepShape, block: BlockShape) -> bool:
+    """Whether one projection makes q, k and v, and rotary positions copy q and k: v is then a view that keeps all of
+    the projection's output alive. Learned positions copy nothing: q, k and v are its three views."""
+    fused = any(linear.name in ("qkv_proj", "query_key_value") for linear in block.linears)
+    return fused and not step.shape.has_learned_positions and step.mlp_bytes == step.compute_bytes
 
-    Otherwise the activation's input and output. GPT-2's gelu_new is written out in Python: 14 more bytes an element
-    under autocast, whose pow runs in fp32. Experts see each token experts_per_token times and also keep the gathered
-    rows and their outputs.
+
+def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
+    """Gated: gate, activation(gate), up, and their product as the input of the last linear layer: 4aTI. Under adapter
+    dropout the product is not kept: the adapter keeps its own copy.
+
+    Otherwise the activation's input (in fp32 where the MLP is) and output. GPT-2's gelu_new is written out in Python:
+    16 bytes an element in fp32, 14 under autocast, whose pow and tanh run in fp32. Experts see each token
+    experts_per_token times and also keep the gathered rows and their outputs.
     """
     shape, a = step.shape, step.compute_bytes
-    last_kept = any(step.needs_input(linear) and not _reads_norm(linear) for linear in block.linears)
+    last_kept = not step.strategy.adapter_dropout and any(
+        step.needs_input(linear) and not _reads_norm(linear) for linear in block.linears
+    )
     if shape.experts and shape.experts_per_token:
         visits = step.tokens * shape.experts_per_token
         return a * visits * (4 * shape.intermediate_size + 3 * shape.hidden_size)
@@ -136,8 +156,9 @@ def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
     if shape.gated_mlp:
         return (3 + last_kept) * a * elements
     if shape.activation == "gelu_new":
-        return (14 if a < FP32 else 16) * elements + last_kept * a * elements
-    return (1 + (last_kept and shape.activation != "relu")) * a * elements
+        return (14 if step.mlp_bytes < FP32 else 16) * elements + last_kept * a * elements
+    kept_twice = last_kept and (shape.activation != "relu" or step.mlp_bytes != a)
+    return step.mlp_bytes * elements + (a * elements if kept_twice else 0)
 
 
 def _dropout_bytes(step: StepShape) -> int:
@@ -146,8 +167,8 @@ def _dropout_bytes(step: StepShape) -> int:
 
 
 def estimate_checkpoint_bytes(step: StepShape) -> int:
-    """A checkpointed layer keeps its input: wTH."""
-    return step.weight_bytes * step.tokens * step.shape.hidden_size
+    """A checkpointed layer keeps its input: wTH, 4TH where the residual stream is fp32."""
+    return step.residual_bytes * step.tokens * step.shape.hidden_size
 
 
 def estimate_backward_temporary(step: StepShape, block: BlockShape) -> int:
@@ -167,11 +188,12 @@ def estimate_head_bytes(step: StepShape) -> tuple[int, int]:
     """(forward peak, backward peak) of LM head and loss in bytes.
 
     full: logits a, their fp32 copy 4 and the log-softmax 4 a token and vocabulary entry in forward; log-softmax and
-    two fp32 gradients in backward: (a + 8)TV and 12TV. chunked: the same for at most 1,024 tokens at a time.
+    two fp32 gradients in backward: (a + 8)TV and 12TV. Soft-capping keeps tanh's output, aTV more in both. chunked:
+    the same for at most 1,024 tokens at a time.
     """
     rows = step.tokens if step.strategy.loss_head == "full" else min(step.tokens, CHUNK_ROWS)
     entries = rows * step.shape.vocab_size
-    capped = 2 * step.compute_bytes if step.shape.logit_softcap else 0
+    capped = step.compute_bytes if step.shape.logit_softcap else 0
     return (step.compute_bytes + 2 * FP32 + capped) * entries, (3 * FP32 + capped) * entries
 
 

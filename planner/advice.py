@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
 from ..recipes.units import format_bytes
-from .candidates import list_methods
+from .candidates import list_methods, list_strategies
 from .catalog import list_gpus
 from .estimate import estimate_memory
 from .memory import Memory
 from .reasons import METHOD_NAMES
 from .shape import ModelShape
-from .strategy import DataFacts, Device, Strategy
+from .strategy import DataFacts, Device, Method, Strategy
 
 SHORTEST_USEFUL_TOKENS = 64
+SAVING_KEYS = ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
+ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
 def list_warnings(
@@ -34,7 +37,9 @@ def list_warnings(
     if strategy.rounding == "stochastic" and strategy.method == "full":
         texts.append("bf16 weights are trained with stochastic rounding: plain rounding would lose most updates")
     if strategy.adapter_dtype == "fp32" and recipe.method.adapter_dtype == "bf16":
-        texts.append('method.adapter_dtype = "bf16": where the run computes in fp32 the adapters are fp32 too')
+        texts.append(
+            f'method.adapter_dtype = "bf16": the run computes in {strategy.compute_dtype}, so the adapters are fp32'
+        )
     if device.kind == "cpu" and strategy.optimizer.startswith("paged_"):
         texts.append(f"train.optimizer = {strategy.optimizer!r}: paged optimizers run unpaged on a CPU")
     if strategy.attention != recipe.model.attention:
@@ -57,40 +62,89 @@ def list_advice(
     recipe: Recipe, device: Device, shape: ModelShape, strategy: Strategy, memory: Memory, data: DataFacts
 ) -> tuple[str, ...]:
     """Where nothing fits: by how much the closest candidate misses, and what would fit."""
-    over = memory.required_bytes - memory.budget_bytes
     texts = []
+    over = memory.required_bytes - memory.budget_bytes
     if over > 0:
         texts.append(
-            f"the smallest candidate ({METHOD_NAMES[strategy.method]}) needs {format_bytes(memory.required_bytes)}: "
+            f"the closest candidate ({METHOD_NAMES[strategy.method]}) needs {format_bytes(memory.required_bytes)}: "
             f"{format_bytes(over)} more than the budget of {format_bytes(memory.budget_bytes)}"
         )
-    else:
+        length = _find_longest_length(shape, strategy, device, data.longest_row_tokens, merge=recipe.output.merge)
+        if length is not None:
+            texts.append(f"data.max_length = {length} would fit")
+        texts += _advise_keys(recipe, device, shape, data.longest_row_tokens)
+        texts += _advise_method(recipe, device, shape, data.longest_row_tokens)
+        texts += _advise_device(device, strategy, memory.required_bytes)
+    host, disk = device.host_memory_bytes, device.disk_bytes
+    if device.kind == "cuda" and host is not None and memory.host_bytes > host:
         texts.append(
-            f"the device is large enough, RAM or disk is not: {format_bytes(memory.host_bytes)} of RAM and "
-            f"{format_bytes(memory.disk_bytes)} of disk are needed"
+            f"RAM: {format_bytes(memory.host_bytes)} needed beside the device, {format_bytes(host)} to be used"
         )
-    length = _find_longest_length(shape, strategy, device, data.longest_row_tokens)
-    if length is not None:
-        texts.append(f"data.max_length = {length} would fit")
-    if "qlora" not in list_methods(recipe):
-        texts.append('method.kind = "qlora" or "auto" would need less')
-    if device.kind == "cuda":
-        card = min(
-            (gpu for gpu in list_gpus() if gpu.memory_bytes >= memory.required_bytes),
-            key=lambda gpu: gpu.memory_bytes,
-            default=None,
+    if disk is not None and memory.disk_bytes > disk:
+        texts.append(
+            f"disk: {format_bytes(memory.disk_bytes)} needed, {format_bytes(disk)} to be used: "
+            "free some, or set output.dir to a larger one"
         )
-        if card is not None:
-            texts.append(f'a card with {format_bytes(memory.required_bytes)} would fit it: budget.gpu = "{card.name}"')
     return tuple(texts)
 
 
-def _find_longest_length(shape: ModelShape, strategy: Strategy, device: Device, length: int) -> int | None:
+def _advise_keys(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> list[str]:
+    """The keys that the recipe fixes and that would let it fit if they were left to the planner."""
+    fixed = [key for key in SAVING_KEYS if getattr(recipe.train, key) != "auto"]
+    train = recipe.train.model_copy(update=dict.fromkeys(fixed, "auto"))
+    freed = recipe.model_copy(update={"train": train})
+    least = [_find_least_bytes(freed, device, shape, method, length) for method in list_methods(recipe)]
+    if not fixed or not any(size is not None and size <= device.budget_bytes for size in least):
+        return []
+    return [f'{" and ".join(f"train.{key}" for key in fixed)} = "auto" would fit']
+
+
+def _advise_method(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> list[str]:
+    """The first adapter method that the recipe leaves out and that would fit, with what it needs."""
+    for method in ADAPTER_METHODS:
+        least = _find_least_bytes(recipe, device, shape, method, length)
+        if method not in list_methods(recipe) and least is not None and least <= device.budget_bytes:
+            return [f'method.kind = "{method}" would fit: it needs {format_bytes(least)} or more']
+    return []
+
+
+def _find_least_bytes(recipe: Recipe, device: Device, shape: ModelShape, method: Method, length: int) -> int | None:
+    """What the smallest strategy of a method requires; None where the recipe rules the method out."""
+    try:
+        strategies = list(list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa))
+    except PlanError:
+        return None
+    return min(
+        estimate_memory(shape, one, device, sequence_length=length, merge=recipe.output.merge).required_bytes
+        for one in strategies
+    )
+
+
+def _advise_device(device: Device, strategy: Strategy, required_bytes: int) -> list[str]:
+    """More of this device's memory where it has as much, or else the smallest card that has."""
+    needed = format_bytes(required_bytes)
+    if required_bytes <= device.memory_bytes:
+        has = f"{device.name} has {format_bytes(device.memory_bytes)} in all"
+        return [
+            f"a budget of {needed} would fit, and {has} ({format_bytes(device.budget_bytes)}: {device.budget_source})"
+        ]
+    if device.kind == "cpu":
+        return []
+    able = [gpu for gpu in list_gpus() if gpu.bf16 or strategy.compute_dtype != "bf16"]
+    card = min(
+        (gpu for gpu in able if gpu.memory_bytes >= required_bytes), key=lambda gpu: gpu.memory_bytes, default=None
+    )
+    return [] if card is None else [f'a card with {needed} would fit it: budget.gpu = "{card.name}"']
+
+
+def _find_longest_length(
+    shape: ModelShape, strategy: Strategy, device: Device, length: int, *, merge: bool
+) -> int | None:
     """The largest multiple of 64 tokens below `length` at which the strategy fits the device, None without one."""
     low, high = 0, length // SHORTEST_USEFUL_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        tried = estimate_memory(shape, strategy, device, sequence_length=middle * SHORTEST_USEFUL_TOKENS, merge=False)
+        tried = estimate_memory(shape, strategy, device, sequence_length=middle * SHORTEST_USEFUL_TOKENS, merge=merge)
         if tried.required_bytes <= tried.budget_bytes:
             low = middle
         else:

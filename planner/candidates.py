@@ -59,8 +59,13 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
 
     full: fp32 weights under autocast, then bf16 weights rounded stochastically. Adapters: frozen weights in the
     16-bit dtype that the device computes in, fp32 on a CPU that computes in fp32. Raises PlanError for what
-    cannot train: fp16 on a CPU, or fp16 weights that are trained.
+    cannot train: fp16 on a CPU, fp16 weights that are trained, or FlashAttention 2 where it has no kernels.
     """
+    if recipe.model.attention == "flash_attention_2" and not (device.kind == "cuda" and device.bf16):
+        raise PlanError(
+            'model.attention: "flash_attention_2" needs a GPU of compute capability 8.0 or more, and this plan is for '
+            f'{device.name}: use "sdpa"'
+        )
     compute: Dtype = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     asked = recipe.model.dtype
     if asked == "auto":
@@ -97,7 +102,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa:
     ):
         adapter_dtype: Dtype | None = None
         if has_adapter:
-            adapter_dtype = "fp32" if setting.compute == "fp32" else adapters.adapter_dtype
+            adapter_dtype = adapters.adapter_dtype if setting.compute == "bf16" else "fp32"
         trained = adapter_dtype or setting.weights
         yield Strategy(
             method=method,

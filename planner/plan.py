@@ -18,7 +18,7 @@ from .arithmetic import count_trainable
 from .candidates import list_methods, list_strategies, order_key
 from .estimate import estimate_memory
 from .memory import Memory
-from .reasons import describe_rejection
+from .reasons import describe_rejection, find_largest_term
 from .shape import ModelShape
 from .strategy import DataFacts, Device, Strategy, Value
 
@@ -259,7 +259,9 @@ def _reject(candidate: _Candidate, inputs: PlanInputs) -> Rejected:
     budgets = list_budgets(candidate.memory, inputs.device)
     broken = max(budgets, key=lambda name: budgets[name][0] - budgets[name][1])
     needed, budget = budgets[broken]
-    component = candidate.memory.components.largest if broken == "device" else broken
+    component = broken
+    if broken == "device":
+        component = find_largest_term(candidate.strategy, candidate.memory, inputs.shape)
     return Rejected(
         strategy=candidate.strategy,
         needed_bytes=needed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..recipes.units import format_bytes, format_count
-from .arithmetic import count_trainable
+from .arithmetic import count_trainable, estimate_optimizer_bytes
 from .memory import Memory
 from .shape import ModelShape
 from .strategy import Strategy
@@ -31,6 +31,18 @@ def describe_strategy(strategy: Strategy) -> str:
     return ", ".join(parts)
 
 
+def find_largest_term(strategy: Strategy, memory: Memory, shape: ModelShape) -> str:
+    """The component that needs most; a paged optimizer's states count, wherever they lie."""
+    sizes = {**dict(memory.components), "optimizer": _count_state_bytes(strategy, memory, shape)}
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _count_state_bytes(strategy: Strategy, memory: Memory, shape: ModelShape) -> int:
+    """States at the peak, with the managed memory that no allocator counts; on a CPU there is none."""
+    is_cpu = memory.peak_reserved_bytes is None
+    return memory.components.optimizer + (0 if is_cpu else estimate_optimizer_bytes(shape, strategy)[1])
+
+
 def describe_rejection(
     strategy: Strategy,
     memory: Memory,
@@ -53,7 +65,10 @@ def describe_component(
     strategy: Strategy, memory: Memory, shape: ModelShape, component: str, sequence_length: int
 ) -> str:
     """What a component is, in the terms of this strategy, with its bytes."""
-    size = format_bytes(getattr(memory.components, component))
+    if memory.peak_phase == "merge":
+        return f"the base that the adapters are merged into alone is {format_bytes(memory.components.weights)}"
+    sizes = {**dict(memory.components), "optimizer": _count_state_bytes(strategy, memory, shape)}
+    size = format_bytes(sizes[component])
     batch = f"{strategy.micro_batch_size} x {sequence_length:,} tokens"
     trainable = format_count(count_trainable(shape, strategy))
     width = "NF4" if strategy.method == "qlora" else strategy.weights_dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
@@ -13,7 +14,8 @@ from rich.text import Text
 from ..recipes.units import format_bytes, format_count
 from .memory import Memory
 from .plan import Plan, Rejected
-from .reasons import METHOD_NAMES, OPTIMIZER_NAMES, describe_strategy
+from .reasons import METHOD_NAMES, OPTIMIZER_NAMES
+from .strategy import Device
 
 COMPONENT_COLORS = {
     "weights": "blue",
@@ -33,8 +35,8 @@ COMPONENT_WORDS = {
     "loss_head": "loss head",
     "temporary": "short-lived buffers",
 }
-SHOWN_REJECTIONS = 8
-BAR_WIDTH = 40
+METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+BAR_WIDTH = 28
 
 
 def render_plan(plan: Plan, console: Console, *, next_command: str | None = None) -> None:
@@ -44,7 +46,7 @@ def render_plan(plan: Plan, console: Console, *, next_command: str | None = None
             _render_head(plan), title=f"Plan for [bold]{escape(plan.recipe)}[/bold]", title_align="left", expand=False
         )
     )
-    console.print(_render_memory(plan.memory, plan.device.kind))
+    console.print(_render_memory(plan, bar="#" if console.options.ascii_only else "█"))
     if plan.rejected:
         console.print(_render_rejected(plan.rejected))
     for warning in plan.warnings:
@@ -53,21 +55,20 @@ def render_plan(plan: Plan, console: Console, *, next_command: str | None = None
         console.print(Text.assemble(("advice: ", "cyan"), line))
     console.print(_render_verdict(plan))
     if next_command is not None:
-        console.print(Text.assemble("next: ", (next_command, "bold")))
+        # One line whatever its length, so that it can be copied.
+        console.print(Text.assemble("next: ", (next_command, "bold")), soft_wrap=True)
 
 
 def _render_head(plan: Plan) -> RenderableType:
     strategy, parameters = plan.strategy, plan.parameters
     share = 100 * parameters.trainable / parameters.total
-    rows = "an unknown number of" if plan.data.rows is None else f"{plan.data.rows:,}"
+    rows, length = plan.data.rows, f"rows of at most {plan.data.sequence_length:,} tokens"
+    data = length if rows is None else f"{rows:,} {length} ({plan.data.source})"
     steps = "" if plan.data.steps is None else f", {plan.data.steps:,} optimizer steps"
     batch = strategy.micro_batch_size * strategy.gradient_accumulation_steps
     lines = [
         ("model", f"{plan.model.id} ({plan.model.model_type}, {format_count(parameters.total)} parameters)"),
-        (
-            "device",
-            f"{plan.device.name}, {format_bytes(plan.device.budget_bytes)} of {format_bytes(plan.device.memory_bytes)}",
-        ),
+        ("device", _describe_device(plan.device)),
         ("method", f"{METHOD_NAMES[strategy.method]}, {format_count(parameters.trainable)} trainable ({share:.2f} %)"),
         ("weights", _describe_weights(plan)),
         (
@@ -76,7 +77,7 @@ def _render_head(plan: Plan) -> RenderableType:
         ),
         ("memory", _describe_savings(plan)),
         ("optimizer", f"{OPTIMIZER_NAMES[strategy.optimizer]}, learning rate {strategy.learning_rate:g}"),
-        ("data", f"{rows} rows of at most {plan.data.sequence_length:,} tokens ({plan.data.source}){steps}"),
+        ("data", f"{data}{steps}"),
     ]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bright_black")
@@ -84,6 +85,11 @@ def _render_head(plan: Plan) -> RenderableType:
     for name, text in lines:
         table.add_row(name, text)
     return table
+
+
+def _describe_device(device: Device) -> str:
+    source = f" ({device.budget_source})" if device.budget_source else ""
+    return f"{device.name}; {format_bytes(device.budget_bytes)} of {format_bytes(device.memory_bytes)} to use{source}"
 
 
 def _describe_weights(plan: Plan) -> str:
@@ -105,69 +111,82 @@ def _describe_savings(plan: Plan) -> str:
     return f"{checkpointing}, {strategy.loss_head} loss head{compiled}, {strategy.attention} attention"
 
 
-def _render_memory(memory: Memory, kind: str) -> RenderableType:
+def _render_memory(plan: Plan, *, bar: str) -> RenderableType:
     """Components at the peak with bars, then the way from the allocated peak to what is required."""
-    table = Table(title=f"Memory at its peak: {memory.peak_phase}", title_justify="left", box=None, padding=(0, 2))
-    table.add_column("component")
+    memory = plan.memory
+    table = Table(
+        title=f"Memory at its peak: {memory.peak_phase}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column("")
     table.add_column("GiB", justify="right")
     table.add_column("")
     total = max(memory.peak_allocated_bytes, 1)
     for name, size in memory.components:
         if size:
-            bar = Text("█" * max(1, round(BAR_WIDTH * size / total)), style=COMPONENT_COLORS[name])
-            table.add_row(COMPONENT_WORDS[name], _gib(size), bar)
+            share = Text(bar * round(BAR_WIDTH * size / total), style=COMPONENT_COLORS[name])
+            table.add_row(COMPONENT_WORDS[name], _gib(size), share)
     table.add_section()
     table.add_row("peak of live tensors", _gib(memory.peak_allocated_bytes), "")
     if memory.peak_reserved_bytes is not None:
         table.add_row("reserved by the allocator", _gib(memory.peak_reserved_bytes), "")
-    beside = "with context and workspaces (NVML)" if kind == "cuda" else "with Python and its libraries (resident)"
-    table.add_row(beside, _gib(memory.peak_device_bytes), "")
+    table.add_row(_describe_device_bytes(plan), _gib(memory.peak_device_bytes), "")
     table.add_row("with the estimate's margin", _gib(memory.required_bytes), "")
     table.add_row("budget", _gib(memory.budget_bytes), "")
-    return Group(table, _render_phases(memory))
+    return Group(table, _render_phases(memory), Text())
+
+
+def _describe_device_bytes(plan: Plan) -> str:
+    if plan.device.kind == "cpu":
+        return "with Python's libraries"
+    return "with context, paged states" if plan.strategy.optimizer.startswith("paged_") else "with the CUDA context"
 
 
 def _render_phases(memory: Memory) -> RenderableType:
-    phases = "  ".join(f"{phase.name} {_gib(phase.peak_allocated_bytes)}" for phase in memory.phases)
+    """Each phase's own peak, and what the run needs beside the device."""
+    shown = [phase for phase in memory.phases if phase.peak_allocated_bytes]
+    phases = [f"{phase.name:<9} {_gib(phase.peak_allocated_bytes):>6}" for phase in shown]
     beside = f"RAM {format_bytes(memory.host_bytes)}, disk {format_bytes(memory.disk_bytes)}"
-    return Text.assemble(("live tensors by phase, GiB: ", "bright_black"), phases, ("; ", "bright_black"), beside, "\n")
+    title = Text("Live tensors by phase, GiB", style="italic")
+    return Group(Text(), title, Columns(phases, padding=(0, 2)), Text(), Text(beside))
 
 
 def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:
-    """The rejected candidates: of many that differ in little, the one of each kind that came closest."""
-    shown = _closest_of_each_kind(rejected)[:SHOWN_REJECTIONS]
-    table = Table(
-        title=f"Rejected: {len(rejected)} candidates"
-        + ("" if len(shown) == len(rejected) else ", the closest of each kind"),
-        title_justify="left",
-        box=None,
-        padding=(0, 2),
-    )
-    table.add_column("candidate", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for one in shown:
-        table.add_row(describe_strategy(one.strategy), one.reason)
+    """Of the many rejected candidates, which differ in little, the one of each kind that came closest."""
+    closest = _closest_of_each_kind(rejected)
+    many = "1 candidate" if len(rejected) == 1 else f"{len(rejected)} candidates"
+    title = f"Rejected: {many}" + ("" if len(closest) == len(rejected) else "; of each kind the closest")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column("of", justify="right")
+    table.add_column("largest term", overflow="fold")
+    for kind, one in closest.items():
+        term = one.reason.partition(": ")[2]
+        table.add_row(kind, _gib(one.needed_bytes), _gib(one.budget_bytes), term)
     return Group(table, Text())
 
 
-def _closest_of_each_kind(rejected: Sequence[Rejected]) -> list[Rejected]:
-    closest: dict[tuple[str, str, bool], Rejected] = {}
+def _closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
+    closest: dict[str, Rejected] = {}
     for one in rejected:
-        kind = (one.strategy.method, one.strategy.weights_dtype, one.strategy.gradient_checkpointing)
-        if kind not in closest or one.needed_bytes < closest[kind].needed_bytes:
+        strategy = one.strategy
+        weights = "" if strategy.method == "qlora" else f" {strategy.weights_dtype}"
+        checkpointing = ", checkpointed" if strategy.gradient_checkpointing else ""
+        kind = f"{METHOD_WORDS[strategy.method]}{weights}{checkpointing}"
+        if kind not in closest or one.needed_bytes - one.budget_bytes < (
+            closest[kind].needed_bytes - closest[kind].budget_bytes
+        ):
             closest[kind] = one
-    return list(closest.values())
+    return closest
 
 
 def _render_verdict(plan: Plan) -> Text:
     memory = plan.memory
+    needs = f"{_gib(memory.required_bytes)} of {_gib(memory.budget_bytes)} GiB"
     if plan.fits:
-        free = format_bytes(memory.budget_bytes - memory.required_bytes)
-        return Text.assemble(
-            ("fits: ", "bold green"),
-            f"{format_bytes(memory.required_bytes)} of {format_bytes(memory.budget_bytes)}, {free} to spare",
-        )
-    return Text.assemble(("nothing fits: ", "bold red"), f"the closest needs {format_bytes(memory.required_bytes)}")
+        spare = _gib(memory.budget_bytes - memory.required_bytes)
+        return Text.assemble(("fits: ", "bold green"), f"{needs}, {spare} GiB to spare")
+    return Text.assemble(("nothing fits: ", "bold red"), f"the closest candidate needs {needs}")
 
 
 def _gib(size: int) -> str:

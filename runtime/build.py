@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..planner.shape import make_shape
@@ -62,7 +64,7 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
         arguments["quantization_config"] = make_quantization(strategy)
     try:
         with quiet_libraries():
-            base = AutoModelForCausalLM.from_pretrained(
+            base, loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=TORCH_DTYPES[strategy.weights_dtype],
                 attn_implementation=strategy.attention,
@@ -70,13 +72,27 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
                 device_map={"": device},
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **arguments,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.id: {folder}: transformers cannot load it: {error}") from error
+    check_loaded(folder, base, loaded)
     if strategy.method == "qlora":
         keep_cpu_weights_trainable(base)
     return base
+
+
+def check_loaded(folder: Path, base: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """ModelError where a weight is not in the files or has another shape there: transformers makes it up at random."""
+    missing = sorted(loaded["missing_keys"] & {name for name, _ in base.named_parameters()})
+    if missing:
+        raise ModelError(f"model.id: {folder}: {len(missing)} weights are not in its files, such as {missing[0]}")
+    for name, stored, expected in sorted(loaded["mismatched_keys"]):
+        raise ModelError(
+            f"model.id: {folder}: {name} is stored as {list(stored)}, its config.json says {list(expected)}"
+        )
 
 
 def make_quantization(strategy: Strategy) -> Any:
@@ -105,38 +121,54 @@ def keep_cpu_weights_trainable(base: nn.Module) -> None:
 
 
 def add_adapters(base: Any, strategy: Strategy, *, alpha: int | None, adapter: Path | None) -> nn.Module:
-    """Freeze `base` and put LoRA adapters beside its linear layers.
-
-    An adapter's input is not copied to the adapter's dtype (autocast does the cast where it computes): peft's default
-    keeps an fp32 copy of every input, 20 to 24 % of the peak. https://github.com/AgileRL/AgileRL/pull/623
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    assert strategy.adapter_dtype is not None and strategy.adapter_rank is not None, "adapters have a dtype and a rank"
-    try:
-        with quiet_libraries():
-            if adapter is not None:
-                model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True, low_cpu_mem_usage=True)
-            else:
-                config = LoraConfig(
-                    r=strategy.adapter_rank,
-                    lora_alpha=2 * strategy.adapter_rank if alpha is None else alpha,
-                    lora_dropout=strategy.adapter_dropout,
-                    target_modules=find_target_modules(base, strategy),
-                    task_type="CAUSAL_LM",
-                )
-                model = get_peft_model(base, config)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"method: peft cannot attach the adapter: {error}") from error
+    """Freeze `base` and put LoRA adapters beside its linear layers, in the strategy's adapter dtype."""
+    assert strategy.adapter_dtype is not None, "adapters have a dtype"
+    with quiet_libraries():
+        model = make_adapters(base, strategy, alpha=alpha) if adapter is None else load_adapters(base, adapter)
     dtype = TORCH_DTYPES[strategy.adapter_dtype]
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def make_adapters(base: Any, strategy: Strategy, *, alpha: int | None) -> nn.Module:
+    """New adapters: lora_A random, lora_B zero."""
+    from peft import LoraConfig, get_peft_model
+
+    assert strategy.adapter_rank is not None, "adapters have a rank"
+    config = LoraConfig(
+        r=strategy.adapter_rank,
+        lora_alpha=2 * strategy.adapter_rank if alpha is None else alpha,
+        lora_dropout=strategy.adapter_dropout,
+        target_modules=find_target_modules(base, strategy),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"method.targets: peft cannot attach adapters: {error}") from error
+
+
+def load_adapters(base: Any, folder: Path) -> nn.Module:
+    """The adapters in `folder`, to be trained further; ModelError where they do not fit every layer of `base`."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"method.adapter: {folder}: no adapter_config.json in it; a peft adapter's folder has one")
+    where = f"method.adapter: {folder}"
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, low_cpu_mem_usage=True)
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{where}: peft cannot attach it: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(f"{where}: it was made for another model: {str(error).splitlines()[1].strip()}") from error
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ModelError(f"{where}: it was made for another model: it has no {missing[0]}")
+    return model
 
 
 def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
@@ -161,7 +193,8 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     base.config.use_cache = False
     base.train()
     if strategy.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet_libraries():
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if strategy.compile:
         for layer in find_layers(base):
             layer.compile()

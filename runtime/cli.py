@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,9 +70,9 @@ def plan(recipes: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, qu
         if as_json:
             click.echo(made.model_dump_json())
         else:
-            options = "".join(f" --set {one}" for one in overrides)
-            target = output or f"{path}{options}"
-            render_plan(made, console, next_command=f"fitune run {target}" if made.fits else None)
+            settings = [word for one in overrides for word in ("--set", one)]
+            command = shlex.join(["fitune", "run", *([output] if output else [path, *settings])])
+            render_plan(made, console, next_command=command if made.fits else None)
     sys.exit(EXIT_ERROR if EXIT_ERROR in codes else max(codes))
 
 
@@ -183,7 +185,7 @@ def init(path: Path, model: str | None, data: str | None) -> None:
     if path.exists():
         raise FituneError(f"{path} exists already: name another file")
     _write_text(path, text)
-    console.print(f"wrote {_escape(str(path))}; next: [bold]fitune plan {_escape(str(path))}[/bold]", soft_wrap=True)
+    console.print(f"wrote {_escape(str(path))}; next: [bold]fitune plan {_escape(shlex.quote(str(path)))}[/bold]", soft_wrap=True)
 
 
 @cli.command()
@@ -228,6 +230,9 @@ def main() -> None:
     # bitsandbytes 0.50 warns on every import on a CPU that the optional package `kernels` is missing; it means nothing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name or a bar that the terminal cannot show is no error
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

@@ -10,7 +10,7 @@ from ..planner.strategy import Strategy
 from .batches import iterate_eval_batches
 from .build import BuiltModel
 from .losses import compute_loss
-from .step import autocast
+from .step import autocast, uncast_adapter_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ def evaluate(built: BuiltModel, rows: TokenizedRows, strategy: Strategy, device:
     """Mean cross-entropy of the held-out rows' trained tokens; leaves the model in training mode."""
     built.model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad(), autocast(strategy, device):
+    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(built.model):
         for batch in iterate_eval_batches(rows, micro_batch_size=strategy.micro_batch_size):
             loss = compute_loss(
                 built.model,

@@ -66,7 +66,11 @@ def round_stochastically(target: Tensor, exact: Tensor) -> None:
 
     bf16 is the upper half of an fp32's bits: adding a uniform 16-bit integer to the bits and cutting the lower half
     carries into the upper one with just the probability of the part cut off. Infinities and NaN stay what they are.
+    A target in fp32, which a few models keep among bf16 ones, takes the exact values.
     """
+    if target.dtype == torch.float32:
+        target.copy_(exact)
+        return
     bits = exact.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
     rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,8 +153,8 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
         first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"{path}: not a plan of this version of fitune: {where}: {first['msg']}") from error
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise PlanError(f"{path}: not a plan of this version of fitune: {where}{first['msg']}") from error
 
 
 def reopen_plan(path: Path) -> tuple[Job, Plan, tuple[str, ...]]:
@@ -175,7 +176,8 @@ def reopen_plan(path: Path) -> tuple[Job, Plan, tuple[str, ...]]:
     changed = [f"{what} was {was}, now {now}" for what, (was, now) in found.items() if was != now]
     if changed:
         raise PlanError(
-            f"{path}: stale: {'; '.join(changed)}: make a new plan with `fitune plan {plan.recipe} -o {path}`"
+            f"{path}: stale: {'; '.join(changed)}: make a new plan with "
+            f"`{shlex.join(['fitune', 'plan', plan.recipe, '-o', str(path)])}`"
         )
     installed = find_versions()
     warnings = tuple(

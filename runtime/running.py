@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ def run_recipe(path: str, overrides: Sequence[str], console: Console) -> int:
     report = run_job(job, plan, run_path, console)
     console.print()
     render_report(plan, report, console)
-    for command in (f"fitune chat {run_path}", f"fitune chat {run_path} --base", f"fitune report {run_path}"):
-        console.print(Text.assemble("next: ", (command, "bold")), soft_wrap=True)
+    for words in (["chat", str(run_path)], ["chat", str(run_path), "--base"], ["report", str(run_path)]):
+        console.print(Text.assemble("next: ", (shlex.join(["fitune", *words]), "bold")), soft_wrap=True)
     return EXIT_CODES[report.status]
 
 

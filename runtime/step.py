@@ -54,6 +54,20 @@ class StepResult:
 
 
 @contextlib.contextmanager
+def uncast_adapter_inputs(model: nn.Module) -> Iterator[None]:
+    """Keep peft from copying every adapter's input to the adapter's dtype: 20 to 24 % of the peak.
+
+    Autocast casts where it computes anyway. As in the measured step this holds for the forward only: a checkpointed
+    layer that is computed again in backward does copy. https://github.com/AgileRL/AgileRL/pull/623
+    """
+    from peft import PeftModel
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model, active=isinstance(model, PeftModel)):
+        yield
+
+
+@contextlib.contextmanager
 def autocast(strategy: Strategy, device: torch.device) -> Iterator[None]:
     """Autocast to the strategy's compute dtype; nothing where that is fp32."""
     enabled = strategy.compute_dtype != "fp32"
@@ -87,7 +101,7 @@ def training_step(
     loss_sum: Tensor | None = None
     for batch in micro_batches:
         enter_phase("forward")
-        with autocast(strategy, device):
+        with autocast(strategy, device), uncast_adapter_inputs(model):
             loss = compute_loss(
                 model,
                 base,
