@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import resource
@@ -14,6 +16,10 @@ import psutil
 
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo that mean bf16 arithmetic in hardware: two of x86, one of arm64."""
+MALLOPT_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h."""
+HEAP_BLOCK_BYTES = 8 * 2**20
+"""Blocks of this size and more are mapped on their own. At 1 MiB training ran at half the speed, at 8 MiB at the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +139,13 @@ def has_nvidia_card(pci: Path = Path("/sys/bus/pci/devices")) -> bool:
         if vendor == "0x10de" and kind.startswith("0x03"):
             return True
     return False
+
+
+def keep_heap_tight() -> None:
+    """Make glibc return every block of HEAP_BLOCK_BYTES and more to the system when it is freed.
+
+    By default glibc learns to keep blocks of up to 32 MiB in its heap, which fragments: the resident memory of a CPU
+    run then grows by a quarter over its first steps. Has no effect with another C library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MALLOPT_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from ..recipes.errors import OutOfMemoryError, RunError
 from .batches import count_steps, iterate_batches
 from .build import BuiltModel, build_model
 from .evaluate import answer, evaluate
+from .host import keep_heap_tight
 from .live import LiveLine
 from .losses import check_loss_head
 from .meter import Meter
@@ -32,7 +33,7 @@ from .quiet import quiet_libraries
 from .report import Loss, RunReport, Sample, Speed, Status
 from .rows import Row
 from .rundir import PLAN_NAME, REPORT_NAME, RunDirectory
-from .save import count_file_bytes, free_memory, make_card, save_merged, save_trained
+from .save import count_file_bytes, free_memory, make_card, name_base_model, save_merged, save_trained
 from .step import autocast, make_scaler, training_step
 from .tokens import find_stop_token_ids
 from .tracker import JsonLinesTracker
@@ -68,16 +69,15 @@ def choose_run_path(job: Job, now: float) -> Path:
 def run_job(job: Job, plan: Plan, path: Path, console: Console) -> RunReport:
     """Execute `plan` in a new run directory at `path`; nothing is left where it fails to start."""
     base_folder = fetch_model(job.source)
-    existed = path.exists()
-    run = None
-    try:
-        with RunDirectory(path) as directory:
+    with RunDirectory(path) as directory:
+        run = None
+        try:
             run = Run(job, plan, directory, base_folder, console)
             return run.execute()
-    except BaseException:
-        if run is not None and run.progress.step == 0 and not existed:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+        except BaseException:
+            if run is None or run.progress.step == 0:
+                directory.clear()
+            raise
 
 
 class Run:
@@ -112,6 +112,8 @@ class Run:
 
     def _execute(self, meter: Meter) -> RunReport:
         set_seed(self.recipe.train.seed)
+        if self.device.type == "cpu":
+            keep_heap_tight()
         self.accelerator.init_trackers("fitune")
         self.console.print("loading the model", style="bright_black")
         built = self._build()
@@ -120,9 +122,7 @@ class Run:
         question = self._find_question()
         answer_before = self._answer(built, question)
         status = self._train(built, meter)
-        meter.enter("evaluate")
-        after = None if status == "interrupted" else self._evaluate(built, self.progress.step)
-        answer_after = self._answer(built, question)
+        status, after, answer_after = self._look_back(built, meter, question, status)
         output = self._save(built, meter, before, after)
         del built
         output |= self._merge(meter, output)
@@ -142,12 +142,25 @@ class Run:
             adapter=None if method.adapter is None else self.job.recipe_file.resolve(method.adapter),
             trust_remote_code=self.recipe.model.trust_remote_code,
         )
+        name_base_model(built.model, self.job.source.hub_id or str(self.base_folder.resolve()))
+        self._check_trainable(built)
         self.accelerator.prepare_model(built.model)
         with autocast(self.strategy, self.device):
             check_loss_head(built.model, built.base, loss_head=self.strategy.loss_head, device=self.device)
             if self.strategy.packing:
                 check_packing(built.model, built.base, device=self.device)
         return built
+
+    def _check_trainable(self, built: BuiltModel) -> None:
+        """An adapter that is continued has a rank and targets of its own: the plan must be for those."""
+        adapter, planned = self.recipe.method.adapter, self.plan.parameters.trainable
+        found = sum(parameter.numel() for parameter in built.trainable)
+        if adapter is not None and found != planned:
+            config = built.model.peft_config["default"]  # type: ignore[union-attr, index]
+            raise RunError(
+                f"method.adapter: {adapter} trains {found:,} parameters, the plan {planned:,}: set method.rank = "
+                f"{config.r} and method.targets = {json.dumps(sorted(config.target_modules))}, as the adapter has them"
+            )
 
     def _train(self, built: BuiltModel, meter: Meter) -> Status:
         train = self.recipe.train
@@ -223,8 +236,8 @@ class Run:
             scheduler.step()
         elif self.strategy.compute_dtype != "fp16" or not math.isfinite(result.loss):
             raise RunError(
-                f"step {batch.step}: loss {result.loss}, gradient norm {result.gradient_norm}: the run stopped and "
-                "saved nothing; lower train.learning_rate, or look at the rows of this step"
+                f"step {batch.step}: loss {result.loss}, gradient norm {result.gradient_norm}: the run stopped "
+                "without saving its weights; lower train.learning_rate, or look at the rows of this step"
             )
         progress = self.progress
         progress.step, progress.tokens = batch.step, progress.tokens + batch.tokens
@@ -251,6 +264,19 @@ class Run:
             seconds_left=progress.train_seconds / progress.step * (steps - progress.step),
         )
 
+    def _look_back(
+        self, built: BuiltModel, meter: Meter, question: Row | None, status: Status
+    ) -> tuple[Status, float | None, str | None]:
+        """Held-out loss and answer after training; Ctrl-C skips what is left of them, and the weights are saved."""
+        if status == "interrupted":
+            return status, None, None
+        meter.enter("evaluate")
+        try:
+            return status, self._evaluate(built, self.progress.step), self._answer(built, question)
+        except KeyboardInterrupt:
+            self.console.print("interrupted: saving what was trained", style="yellow")
+            return "interrupted", None, None
+
     def _make_clip(self, built: BuiltModel) -> Callable[[], Any]:
         return lambda: self.accelerator.clip_grad_norm_(built.trainable, self.recipe.train.max_grad_norm)
 
@@ -276,6 +302,11 @@ class Run:
         if held_out is None:
             return None
         loss = evaluate(built, held_out, self.strategy, self.device)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the held-out loss is {loss} after {step} steps: the run stopped without saving its weights; "
+                "lower train.learning_rate, or look at the held-out rows"
+            )
         self.accelerator.log({"eval_loss": loss}, step=step)
         return loss
 

@@ -1,0 +1,118 @@
+"""Makes the parts of docs/ that come from the software: `python docs/generate.py recipe` and `... images`.
+
+recipe: docs/recipe.md from the recipe's schema.
+images: docs/images/*.svg from real commands, recorded by rich. The run takes minutes; run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fitune.recipes import make_schema
+from rich.console import Console
+
+DOCS = Path(__file__).parent
+RECIPES = DOCS.parent / "recipes"
+WIDTH = 100
+
+
+def make_recipe_reference() -> str:
+    """docs/recipe.md: one table for each of the recipe's tables."""
+    schema = make_schema()
+    lines = [
+        "# The recipe",
+        "",
+        "TOML; relative paths are relative to the recipe's folder. `fitune schema` prints the JSON schema, `fitune init`",
+        'writes a commented recipe. `"auto"` is the planner\'s to decide. This page is made by `python docs/generate.py recipe`.',
+    ]
+    for name, node in schema["properties"].items():
+        table = _follow(schema, node)
+        lines += ["", f"## [{name}]", "", table["description"], "", "| key | values | default | |", "|---|---|---|---|"]
+        for key, value in table["properties"].items():
+            required = "required" if key in table.get("required", []) else ""
+            default = _show(value["default"]) if "default" in value else required or "unset"
+            lines.append(f"| `{key}` | {_describe(schema, value)} | {default} | {value.get('description', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" in node:
+        return dict(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+    return node
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`".replace("'", '"')
+
+
+def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
+    node = _follow(schema, node)
+    if "anyOf" in node:
+        return " or ".join(dict.fromkeys(_describe(schema, one) for one in node["anyOf"]))
+    if "enum" in node:
+        return ", ".join(f"`{value}`" for value in node["enum"])
+    if "const" in node:
+        return f"`{node['const']}`"
+    if node.get("type") == "array":
+        return f"list of {_describe(schema, node['items'])}"
+    if node.get("type") == "object":
+        return "table {" + ", ".join(node["properties"]) + "}"
+    if "examples" in node:
+        return "size such as " + ", ".join(f'`"{one}"`' for one in node["examples"])
+    return {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}[node["type"]]
+
+
+def make_images() -> None:
+    """The pictures of the README: real output of real commands."""
+    from fitune.planner.explain import make_explanation, render_explanation
+    from fitune.planner.render import render_plan
+    from fitune.runtime.doctor import render_doctor, run_doctor
+    from fitune.runtime.planning import Job
+    from fitune.runtime.report import load_report, render_report
+    from fitune.runtime.running import run_recipe
+
+    os.chdir(RECIPES.parent)
+    lecture = "recipes/lecture-10b.toml"
+    console = _record()
+    render_plan(Job(lecture).make_plan(quick=True), console, next_command=f"fitune run {lecture}")
+    _save(console, "plan", f"fitune plan {lecture} --quick")
+    console = _record()
+    render_explanation(make_explanation("10B"), console)
+    _save(console, "explain", "fitune explain 10B")
+    console = _record()
+    render_doctor(run_doctor(), console)
+    _save(console, "doctor", "fitune doctor")
+    with tempfile.TemporaryDirectory() as scratch:
+        console, run = _record(), Path(scratch) / "runs" / "quickstart"
+        run_recipe("recipes/quickstart.toml", [f"output.dir={run}"], console)
+        _save(console, "run", "fitune run recipes/quickstart.toml", hide=f"{scratch}/")
+        console = _record()
+        render_report(*load_report(run), console)
+        _save(console, "report", "fitune report runs/quickstart", hide=f"{scratch}/")
+
+
+def _record() -> Console:
+    with Path(os.devnull).open("w") as nowhere:
+        return Console(record=True, width=WIDTH, file=nowhere, force_terminal=False, color_system="truecolor")
+
+
+def _save(console: Console, name: str, title: str, *, hide: str = "") -> None:
+    (DOCS / "images").mkdir(exist_ok=True)
+    svg = console.export_svg(title=title, unique_id=name)
+    (DOCS / "images" / f"{name}.svg").write_text(svg.replace(hide, "") if hide else svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    what = sys.argv[1:]
+    if what == ["recipe"]:
+        (DOCS / "recipe.md").write_text(make_recipe_reference(), encoding="utf-8")
+    elif what == ["images"]:
+        make_images()
+    else:
+        sys.exit("usage: python docs/generate.py recipe|images")
