@@ -14,6 +14,8 @@ from .strategy import DTYPE_BYTES, Strategy
 CHUNK_ROWS = 1024
 """Tokens whose logits exist at one time under the chunked loss head."""
 FP32 = 4
+MLP_ENDS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2")
+"""Names of the linear layers that end an MLP, whose input a forward keeps anyway."""
 
 
 class StepShape:
@@ -76,18 +78,17 @@ def _linear_bytes(step: StepShape, linear: LinearShape) -> int:
     """What a linear layer keeps beside its input.
 
     The adapter's inner activation [T, rank], dropout's copy and mask; and the copy in the compute dtype that autocast
-    makes of an fp32 weight that is trained.
+    makes of an fp32 weight, which the gradient of the input needs.
     """
     strategy = step.strategy
-    if step.trains_base:
-        return step.compute_bytes * linear.weight_parameters if step.casts else 0
-    if not step.needs_input(linear):
-        return 0
+    cast = step.compute_bytes * linear.weight_parameters if step.casts and strategy.method != "qlora" else 0
+    if step.trains_base or not step.needs_input(linear):
+        return cast
     assert strategy.adapter_rank is not None, "adapters have a rank"
     inner = step.compute_bytes * step.tokens * strategy.adapter_rank
     weights = step.compute_bytes * strategy.adapter_rank * (linear.inputs + linear.outputs)
     dropped = (step.compute_bytes + 1) * step.tokens * linear.inputs if strategy.adapter_dropout else 0
-    return inner + weights + dropped
+    return cast + inner + weights + dropped
 
 
 def _shared_input_bytes(step: StepShape, block: BlockShape) -> int:
@@ -113,8 +114,8 @@ def _attention_bytes(step: StepShape, block: BlockShape) -> int:
     """SDPA and flash attention keep q, k, v, the output and the log-sum-exp (fp32, one a head and token).
 
     With an explicit mask (packed rows, a window shorter than the sequence) SDPA expands k and v to all heads.
-    Eager keeps k and v expanded to all heads and the scores: softmax in fp32 and its copy, B * heads * S * S * (4 + a),
-    and soft-capping another a.
+    Eager keeps k and v expanded to all heads and the scores: softmax in fp32, B * heads * S * S * 4, its copy in 16
+    bits and that of soft-capping, another a each.
     """
     shape, a = step.shape, step.compute_bytes
     queries = step.tokens * shape.heads * shape.head_dim
@@ -127,7 +128,8 @@ def _attention_bytes(step: StepShape, block: BlockShape) -> int:
         return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads + fused
     scores = step.tokens * step.sequence * shape.heads
     capped = a * scores if shape.attention_softcap else 0
-    return a * 4 * queries + (FP32 + a) * scores + capped
+    copied = a * scores if a < FP32 else 0
+    return a * 4 * queries + FP32 * scores + copied + capped
 
 
 def _keeps_fused_projection(step: StepShape, block: BlockShape) -> bool:
@@ -171,12 +173,31 @@ def estimate_checkpoint_bytes(step: StepShape) -> int:
     return step.residual_bytes * step.tokens * step.shape.hidden_size
 
 
+def estimate_recast_bytes(step: StepShape, block: BlockShape) -> tuple[int, int]:
+    """(kept, short-lived) bytes that a layer takes beyond its forward's where backward computes it again.
+
+    The step keeps peft from casting adapter inputs to the adapters' dtype in its forward only. In the recomputation
+    each fp32 adapter casts its input: to fp32 for as long as it computes, and autocast back, which is kept: aT inputs.
+    """
+    strategy = step.strategy
+    if strategy.adapter_dtype != "fp32" or step.compute_bytes == FP32:
+        return 0, 0
+    inputs = [linear.inputs for linear in block.linears if step.needs_input(linear)]
+    if strategy.adapter_dropout:  # its output is a second fp32 copy; the cast one is kept in any case
+        return 0, (2 * FP32 + step.compute_bytes) * step.tokens * max(inputs, default=0)
+    ends = sum(linear.inputs for linear in block.linears if step.needs_input(linear) and linear.name in MLP_ENDS)
+    own = step.compute_bytes * step.tokens * (sum(inputs) - ends)
+    kept = max(0, own - _shared_input_bytes(step, block))
+    return kept, (FP32 + step.compute_bytes) * step.tokens * max(inputs, default=0)
+
+
 def estimate_backward_temporary(step: StepShape, block: BlockShape) -> int:
-    """Gradients that flow inside one layer: two of the MLP's width and two fp32 ones of the hidden size; for qlora
-    the largest dequantised weight beside them."""
+    """Gradients that flow inside one layer: the residual stream's, and beside it two of the MLP's width or, in a norm,
+    two fp32 ones of the hidden size; for qlora the largest dequantised weight beside them."""
     shape = step.shape
-    visits = step.tokens * (shape.experts_per_token or 1)
-    flowing = 2 * step.compute_bytes * visits * shape.intermediate_size + 2 * FP32 * step.tokens * shape.hidden_size
+    in_mlp = 2 * step.compute_bytes * step.tokens * (shape.experts_per_token or 1) * shape.intermediate_size
+    in_norm = 2 * FP32 * step.tokens * shape.hidden_size
+    flowing = max(in_mlp, in_norm) + step.residual_bytes * step.tokens * shape.hidden_size
     if step.strategy.attention == "eager":
         flowing = max(flowing, 2 * FP32 * step.tokens * step.sequence * shape.heads)
     if step.strategy.method != "qlora":
@@ -189,12 +210,18 @@ def estimate_head_bytes(step: StepShape) -> tuple[int, int]:
 
     full: logits a, their fp32 copy 4 and the log-softmax 4 a token and vocabulary entry in forward; log-softmax and
     two fp32 gradients in backward: (a + 8)TV and 12TV. Soft-capping keeps tanh's output, aTV more in both. chunked:
-    the same for at most 1,024 tokens at a time.
+    the same for at most 1,024 tokens at a time. An fp32 head's copy in the compute dtype is beside both.
     """
+    cast = step.compute_bytes * step.shape.head.weight_parameters if step.casts else 0
     rows = step.tokens if step.strategy.loss_head == "full" else min(step.tokens, CHUNK_ROWS)
     entries = rows * step.shape.vocab_size
     capped = step.compute_bytes if step.shape.logit_softcap else 0
-    return (step.compute_bytes + 2 * FP32 + capped) * entries, (3 * FP32 + capped) * entries
+    return cast + (step.compute_bytes + 2 * FP32 + capped) * entries, cast + (3 * FP32 + capped) * entries
+
+
+def estimate_cast_bytes(step: StepShape) -> int:
+    """Copies in the compute dtype that autocast makes of the layers' fp32 weights; the head's are the head's."""
+    return step.compute_bytes * step.shape.quantized_parameters if step.casts else 0
 
 
 def estimate_final_bytes(step: StepShape) -> int:

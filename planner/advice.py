@@ -124,10 +124,8 @@ def _advise_device(device: Device, strategy: Strategy, required_bytes: int) -> l
     """More of this device's memory where it has as much, or else the smallest card that has."""
     needed = format_bytes(required_bytes)
     if required_bytes <= device.memory_bytes:
-        has = f"{device.name} has {format_bytes(device.memory_bytes)} in all"
-        return [
-            f"a budget of {needed} would fit, and {has} ({format_bytes(device.budget_bytes)}: {device.budget_source})"
-        ]
+        has, budget = format_bytes(device.memory_bytes), format_bytes(device.budget_bytes)
+        return [f"{device.name} has {has} in all, enough for it; the budget of {budget} is {device.budget_source}"]
     if device.kind == "cpu":
         return []
     able = [gpu for gpu in list_gpus() if gpu.bf16 or strategy.compute_dtype != "bf16"]

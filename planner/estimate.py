@@ -53,12 +53,11 @@ class Instant:
 
 
 def estimate_memory(
-    shape: ModelShape, strategy: Strategy, device: Device, *, sequence_length: int, merge: bool, data_bytes: int = 0
+    shape: ModelShape, strategy: Strategy, device: Device, *, sequence_length: int, merge: bool
 ) -> Memory:
     """The memory of a run of `strategy` on rows of `sequence_length` tokens.
 
-    merge:      whether the adapters are merged into a full model at the end
-    data_bytes: RAM of the tokenised dataset
+    merge: whether the adapters are merged into a full model at the end
     """
     instants = list(_list_instants(shape, strategy, device, sequence_length, merge=merge))
     phases = {
@@ -77,7 +76,7 @@ def estimate_memory(
         peak_device_bytes=device_bytes,
         required_bytes=int(device_bytes * (1 + MARGIN[device.kind])) + MARGIN_BYTES[device.kind],
         budget_bytes=device.budget_bytes,
-        host_bytes=_estimate_host_bytes(shape, strategy, device, device_bytes, merge=merge) + data_bytes,
+        host_bytes=_estimate_host_bytes(shape, strategy, device, device_bytes, merge=merge),
         disk_bytes=files,
         peak_phase=peak.phase,
         components=peak.live,
@@ -110,12 +109,21 @@ def _list_instants(
         yield at(phase, optimizer=states, **live)
     yield at("clip", optimizer=states, gradients=gradients)
     yield at("optimizer", optimizer=states, gradients=gradients, temporary=_optimizer_temporary(shape, strategy))
-    hidden = 2 * act.estimate_backward_temporary(step, shape.blocks[0])
-    yield at("evaluate", optimizer=states, loss_head=act.estimate_head_bytes(step)[0], temporary=hidden)
+    for live in _list_evaluation_instants(step):
+        yield at("evaluate", optimizer=states, **live)
     yield at("save", optimizer=states)
     # The trained model is gone by then, and the base to merge into is in RAM.
     merged = _estimate_merged_bytes(shape, strategy) if merge and device.kind == "cpu" else 0
     yield Instant(phase="merge", live=Components(weights=merged, adapters=adapters if merged else 0))
+
+
+def _list_evaluation_instants(step: act.StepShape) -> Iterator[dict[str, int]]:
+    """A forward without gradients, in its widest layer and at the loss head. Nothing is kept, but for the copies in
+    the compute dtype that autocast caches of trainable weights."""
+    cached = act.estimate_cast_bytes(step) if step.trains_base else 0
+    for block in step.shape.blocks:
+        yield {"temporary": cached + 2 * act.estimate_backward_temporary(step, block)}
+    yield {"temporary": cached + act.estimate_final_bytes(step), "loss_head": act.estimate_head_bytes(step)[0]}
 
 
 def _list_step_instants(step: act.StepShape, gradients: int) -> Iterator[tuple[str, dict[str, int]]]:
@@ -127,16 +135,16 @@ def _list_step_instants(step: act.StepShape, gradients: int) -> Iterator[tuple[s
     final, checkpoint = act.estimate_final_bytes(step), act.estimate_checkpoint_bytes(step)
     if strategy.gradient_checkpointing:
         kept = final + shape.layers * checkpoint
-        if step.trains_base and step.casts:
-            kept += step.compute_bytes * shape.quantized_parameters
+        if step.trains_base:
+            kept += act.estimate_cast_bytes(step)
     else:
         kept = final + sum(block.repeats * size for block, size in layers)
     head_forward, head_backward = act.estimate_head_bytes(step)
     before = gradients if strategy.gradient_accumulation_steps > 1 else 0
     head_gradient = step.weight_bytes * shape.head.weight_parameters if step.trains_base else 0
     yield "forward", {"gradients": before, "activations": kept, "loss_head": head_forward}
-    if strategy.gradient_checkpointing and step.trains_base and step.casts:
-        kept -= step.compute_bytes * shape.quantized_parameters
+    if strategy.gradient_checkpointing and step.trains_base:
+        kept -= act.estimate_cast_bytes(step)
     yield (
         "backward",
         {
@@ -147,13 +155,16 @@ def _list_step_instants(step: act.StepShape, gradients: int) -> Iterator[tuple[s
     )
     for block, size in layers:
         flowing = act.estimate_backward_temporary(step, block)
-        recomputed = size if strategy.gradient_checkpointing else 0
+        recomputed, recast = 0, 0
+        if strategy.gradient_checkpointing:
+            extra, recast = act.estimate_recast_bytes(step, block)
+            recomputed = size + extra
         yield (
             "backward",
             {
                 "gradients": max(before, head_gradient),
                 "activations": kept - final + recomputed,
-                "temporary": flowing,
+                "temporary": max(flowing, recast),
             },
         )
         first = checkpoint + size if strategy.gradient_checkpointing else size

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -41,11 +40,8 @@ BAR_WIDTH = 28
 
 def render_plan(plan: Plan, console: Console, *, next_command: str | None = None) -> None:
     """Print a plan; `next_command` is what to type now."""
-    console.print(
-        Panel(
-            _render_head(plan), title=f"Plan for [bold]{escape(plan.recipe)}[/bold]", title_align="left", expand=False
-        )
-    )
+    title = Text.assemble("Plan for ", (plan.recipe, "bold"))
+    console.print(Panel(_render_head(plan), title=title, title_align="left", expand=False))
     console.print(_render_memory(plan, bar="#" if console.options.ascii_only else "█"))
     if plan.rejected:
         console.print(_render_rejected(plan.rejected))
@@ -83,7 +79,7 @@ def _render_head(plan: Plan) -> RenderableType:
     table.add_column(style="bright_black")
     table.add_column(overflow="fold")
     for name, text in lines:
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     return table
 
 
@@ -162,7 +158,7 @@ def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:
     table.add_column("largest term", overflow="fold")
     for kind, one in closest.items():
         term = one.reason.partition(": ")[2]
-        table.add_row(kind, _gib(one.needed_bytes), _gib(one.budget_bytes), term)
+        table.add_row(kind, _gib(one.needed_bytes), _gib(one.budget_bytes), Text(term))
     return Group(table, Text())
 
 

@@ -64,7 +64,7 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
         arguments["quantization_config"] = make_quantization(strategy)
     try:
         with quiet_libraries():
-            base, loaded = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=TORCH_DTYPES[strategy.weights_dtype],
                 attn_implementation=strategy.attention,
@@ -78,7 +78,12 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.id: {folder}: transformers cannot load it: {error}") from error
+    base, loaded = found
     check_loaded(folder, base, loaded)
+    if strategy.method != "qlora" and getattr(base, "is_loaded_in_4bit", False):
+        raise ModelError(
+            f'model.id: {folder}: its weights are stored in 4 bits: only method.kind = "qlora" trains them'
+        )
     if strategy.method == "qlora":
         keep_cpu_weights_trainable(base)
     return base

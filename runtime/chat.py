@@ -31,6 +31,7 @@ class ChatModel:
 
         plan, report = load_report(run)
         self.plan, self.use_base = plan, use_base
+        self._failure: Exception | None = None
         name = next(iter(report.output))
         folder = run / report.output[name]
         if not folder.is_dir():
@@ -47,13 +48,17 @@ class ChatModel:
 
     def _load(self, plan: Plan, name: str, folder: Path) -> Any:
         """The full model, or the base with its adapter on top; the base alone where that is asked for."""
+        trust = bool(plan.resolved_recipe["model"].get("trust_remote_code"))
         if name == "model" and not self.use_base:
-            return load_base(folder, plan.strategy, self.device)
+            return load_base(folder, plan.strategy, self.device, trust_remote_code=trust)
         try:
-            base_folder = fetch_model(Job(plan.recipe, plan.overrides).source)
+            source = Job(plan.recipe, plan.overrides).source
+            base_folder = fetch_model(source)
         except FituneError as error:
             raise RunError(f"the base model of this run cannot be found any more: {error}") from error
-        base = load_base(base_folder, plan.strategy, self.device)
+        if source.config_sha256 != plan.model.config_sha256:
+            raise RunError(f"the base model of this run is no longer what {plan.recipe} names: {source.id} is another")
+        base = load_base(base_folder, plan.strategy, self.device, trust_remote_code=trust)
         if self.use_base:
             return base
         from peft import PeftModel
@@ -77,14 +82,17 @@ class ChatModel:
             pieces.append(piece)
             write(piece)
         thread.join()
+        if self._failure is not None:
+            raise self._failure
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
     def _generate(self, ids: torch.Tensor, streamer: Any) -> None:
-        stops = find_stop_token_ids(self.tokenizer)
-        with quiet_libraries(), torch.no_grad(), autocast(self.plan.strategy, self.device):
-            try:
+        """Runs in a thread of its own: an error is kept for the thread that reads the stream."""
+        try:
+            stops = find_stop_token_ids(self.tokenizer)
+            with quiet_libraries(), torch.no_grad(), autocast(self.plan.strategy, self.device):
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -95,8 +103,9 @@ class ChatModel:
                     pad_token_id=stops[0],
                     streamer=streamer,
                 )
-            finally:
-                streamer.end()
+        except Exception as error:
+            self._failure = error
+            streamer.end()
 
 
 def run_chat(run: Path, console: Console, *, use_base: bool, question: str | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from ..recipes.errors import FituneError
 
@@ -82,7 +83,7 @@ def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"recipe": path, "error": str(error)}))
     else:
-        problems.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+        _print_error(str(error))
 
 
 @cli.command()
@@ -124,7 +125,7 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
             failed = True
             _show_plan_error(path, error, as_json=False)
         else:
-            console.print(f"[green]ok[/green] {_escape(path)}: {_escape(found)}", soft_wrap=True)
+            console.print(Text.assemble(("ok", "green"), f" {path}: {found}"), soft_wrap=True)
     sys.exit(EXIT_ERROR if failed else 0)
 
 
@@ -161,7 +162,7 @@ def recipes(context: click.Context) -> None:
         from ..recipes.shipped import list_shipped
 
         for one in list_shipped():
-            console.print(f"[bold]{one.name}[/bold]  {_escape(one.description)}", soft_wrap=True)
+            console.print(Text.assemble((one.name, "bold"), f"  {one.description}"), soft_wrap=True)
 
 
 @recipes.command("show")
@@ -185,7 +186,8 @@ def init(path: Path, model: str | None, data: str | None) -> None:
     if path.exists():
         raise FituneError(f"{path} exists already: name another file")
     _write_text(path, text)
-    console.print(f"wrote {_escape(str(path))}; next: [bold]fitune plan {_escape(shlex.quote(str(path)))}[/bold]", soft_wrap=True)
+    command = shlex.join(["fitune", "plan", str(path)])
+    console.print(Text.assemble(f"wrote {path}; next: ", (command, "bold")), soft_wrap=True)
 
 
 @cli.command()
@@ -217,10 +219,8 @@ def _write_text(path: Path, text: str) -> None:
         raise FituneError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _print_error(message: str) -> None:
+    problems.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def main() -> None:
@@ -234,7 +234,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name or a bar that the terminal cannot show is no error
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="fitune", standalone_mode=False)
     except click.exceptions.Abort:
         problems.print("interrupted")
         sys.exit(EXIT_INTERRUPTED)
@@ -244,7 +244,7 @@ def main() -> None:
     except FituneError as error:
         if debug:
             raise
-        problems.print(f"[bold red]error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+        _print_error(str(error))
         sys.exit(EXIT_ERROR)
     except BrokenPipeError:
         sys.stderr.close()
@@ -252,10 +252,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        problems.print(
-            f"[bold red]error:[/bold red] this is a bug in fitune: {_escape(f'{type(error).__name__}: {error}')}\n"
-            "run the command again as `fitune --debug ...` and report what it prints",
-            soft_wrap=True,
+        _print_error(
+            f"this is a bug in fitune: {type(error).__name__}: {error}\n"
+            "run the command again as `fitune --debug ...` and report what it prints"
         )
         sys.exit(EXIT_ERROR)
 

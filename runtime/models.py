@@ -29,7 +29,10 @@ T = TypeVar("T")
 
 WEIGHT_FILES = ("*.safetensors",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+DOWNLOADED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+"""Endings of a hub repository's files that a run needs."""
+SECOND_COPIES = ("consolidated",)
+"""How files begin that hold the same weights once more, in the form of the model's makers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,16 +180,33 @@ def _download(source: ModelSource) -> Path:
 
     def download() -> str:
         try:
-            return str(
-                snapshot_download(hub_id, revision=revision, allow_patterns=DOWNLOAD_PATTERNS, local_files_only=True)
-            )
+            cached = snapshot_download(hub_id, revision=revision, local_files_only=True)
         except OSError:
-            files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
-        needed = sum(one.size or 0 for one in files if one.rfilename.endswith(".safetensors"))
-        _check_disk(hub_id, needed)
-        return str(snapshot_download(hub_id, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+            cached = None
+        if cached is not None and has_all_weights(Path(cached)):
+            return cached
+        files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
+        sizes = {one.rfilename: one.size or 0 for one in files if _is_needed(one.rfilename)}
+        weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
+        if not weights:
+            raise ModelError(f"model.id: {hub_id}: the hub has no weights of it as *.safetensors")
+        _check_disk(hub_id, sum(weights))
+        return snapshot_download(hub_id, revision=revision, allow_patterns=list(sizes))
 
     return Path(_ask_hub(hub_id, revision, download))
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Whether every file of the model's weights is in a snapshot: one that only holds a config.json is there too."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return (folder / "model.safetensors").is_file()
+    return all((folder / name).is_file() for name in index["weight_map"].values())
+
+
+def _is_needed(name: str) -> bool:
+    return "/" not in name and name.endswith(DOWNLOADED) and not name.startswith(SECOND_COPIES)
 
 
 def _check_disk(hub_id: str, needed_bytes: int) -> None:
@@ -225,7 +245,8 @@ def _ask_hub(hub_id: str, revision: str | None, question: Callable[[], T]) -> T:
         raise ModelError(
             f"{where}: the hub has no config.json for it; fitune needs a transformers checkpoint"
         ) from error
-    except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+    # HTTPError is the root of the HTTP client's errors, whichever client the hub's library uses.
+    except (OSError, errors.HTTPError, errors.OfflineModeIsEnabled) as error:  # type: ignore[attr-defined]
         raise ModelError(f"{_unreachable(where)} ({type(error).__name__})") from error
 
 

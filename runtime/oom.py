@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..planner.plan import Plan
+from ..planner.strategy import Strategy
 from ..recipes.units import format_bytes
 from .devices import describe_use, probe_gpus
 from .meter import Meter
@@ -32,6 +33,18 @@ def describe_out_of_memory(plan: Plan, meter: Meter) -> str:
         gpus = probe_gpus().visible
         if gpus:
             lines.append(describe_use(gpus[0]))
-    half = max(1, plan.strategy.micro_batch_size // 2)
-    lines.append(f"try `fitune plan {plan.recipe} --set train.micro_batch_size={half}`, or a smaller budget.memory")
+    lines.append(f"try `fitune plan {plan.recipe} --set {suggest_change(plan.strategy)}`, or a smaller budget.memory")
     return "; ".join(lines)
+
+
+def suggest_change(strategy: Strategy) -> str:
+    """The key of the recipe that saves most of what is left to save: micro-batch, checkpointing, loss head, method."""
+    micro = strategy.micro_batch_size
+    whole = micro * strategy.gradient_accumulation_steps
+    if micro > 1:
+        return f"train.micro_batch_size={max(size for size in range(1, micro // 2 + 1) if whole % size == 0)}"
+    if not strategy.gradient_checkpointing:
+        return "train.gradient_checkpointing=true"
+    if strategy.loss_head == "full":
+        return "train.loss_head=chunked"
+    return "data.max_length=512" if strategy.method == "qlora" else "method.kind=qlora"

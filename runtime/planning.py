@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..planner.catalog import find_gpu
 from ..planner.plan import Plan, PlanInputs, make_plan
-from ..planner.shape import make_shape
+from ..planner.shape import ModelShape, make_shape
 from ..planner.strategy import DataFacts
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
@@ -52,11 +53,18 @@ class Job:
     def __init__(self, path: str, overrides: Sequence[str] = ()) -> None:
         self.path, self.overrides = path, tuple(overrides)
         self.recipe_file: RecipeFile = load_recipe(path, overrides)
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise PlanError(f"{path!a}: the name is not UTF-8 text, as JSON needs it: rename the file")
 
     @cached_property
     def source(self) -> ModelSource:
         """The model that the recipe names, without its weights."""
         return find_model_source(self.recipe_file.recipe.model, self.recipe_file.resolve)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's layers and sizes; ModelError for an architecture that cannot be handled."""
+        return make_shape(self.source.config)
 
     @cached_property
     def rows(self) -> tuple[list[Row], list[Row]]:
@@ -119,7 +127,7 @@ class Job:
                 recipe_file=recipe_file,
                 recipe_path=self.path,
                 overrides=self.overrides,
-                shape=make_shape(self.source.config),
+                shape=self.shape,
                 config_sha256=self.source.config_sha256,
                 device=probe_device(recipe_file.recipe.budget, disk_path=self.output_parent),
                 data=self.find_data_facts(quick=quick),
@@ -204,8 +212,11 @@ def check_data_fits_plan(job: Job, plan: Plan) -> None:
 
 
 def validate_job(job: Job) -> str:
-    """Check everything that needs no weights: the model's config, the dataset's rows; says what was found."""
-    source = job.source
-    make_shape(source.config)
+    """Check everything that needs no weights and no device: model, targets, rows; says what was found."""
+    source, shape, recipe = job.source, job.shape, job.recipe_file.recipe
+    if recipe.method.kind != "full":
+        shape.lora_linears(recipe.method.targets)
+    if recipe.budget.gpu is not None:
+        find_gpu(recipe.budget.gpu)
     train, held_out = job.rows
     return f"{source.id} ({source.kind}), {len(train):,} rows to train on, {len(held_out):,} held out"

@@ -34,10 +34,12 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)
+        self._made = False
 
     def __enter__(self) -> Self:
         """Make the directory and take it; RunError where another run holds it or has left its files there."""
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
@@ -46,15 +48,29 @@ class RunDirectory:
             raise RunError(f"output.dir: {self.path} cannot be written: {error.strerror or error}") from error
         left = sorted(one.name for one in self.path.iterdir() if one.name != ".lock")
         if left:
-            self._lock.release()
+            self._let_go()
             what = "a finished run" if REPORT_NAME in left else "files of something else or of an unfinished run"
             raise RunError(f"output.dir: {self.path} holds {what} ({', '.join(left[:3])}): name another or remove it")
         (self.path / ".lock").write_text(str(os.getpid()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.release()
+        self._let_go()
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _let_go(self) -> None:
+        """Unlink first: who takes the lock in between finds it gone and takes a new one."""
         (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release()
+
+    def clear(self) -> None:
+        """Remove everything that this run wrote; a directory that it made goes too when the run lets go of it."""
+        for one in self.path.iterdir():
+            if one.is_dir():
+                shutil.rmtree(one, ignore_errors=True)
+            elif one.name != ".lock":
+                one.unlink()
 
     def _holder(self) -> str:
         try:

@@ -51,7 +51,7 @@ def _find_plan(path: str, overrides: Sequence[str], console: Console) -> tuple[J
             console.print(Text.assemble(("note: ", "yellow"), warning))
     else:
         job, plan = Job(path, overrides), None
-    job.source  # noqa: B018 - a model that is not there is said before the data is read
+        job.make_plan(quick=True)  # what is wrong with model, method or device is said before anything is fetched
     with console.status("reading the data and the tokenizer"):
         job.data  # noqa: B018 - tokenised here, used by the run
     if plan is None:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def name_base_model(model: Any, name: str) -> None:
+    """Say in an adapter's config which model it is for: a hub id or an absolute path; a full model has none."""
+    for config in getattr(model, "peft_config", {}).values():
+        config.base_model_name_or_path = name
+
+
 def save_trained(directory: RunDirectory, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, card: str) -> Path:
     """Write the adapter (of a PeftModel) or the model into folder `name` of the run, with tokenizer and model card."""
     with quiet_libraries(), directory.write_folder(name) as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 
 
 class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
-    """Each `log` is a line `{"step": ..., "unix_time": ..., **values}`, written at once."""
+    """Each `log` is a line `{"step": ..., "unix_time": ..., **values}`, written at once; what is not finite is null."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -31,9 +32,10 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Nothing to store: plan.json has it."""
 
-    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
         """Write one line."""
-        self._file.write(json.dumps({"step": step, "unix_time": time.time(), **values}) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, "unix_time": time.time(), **finite}, allow_nan=False) + "\n")
 
     def finish(self) -> None:
         """Close the file."""

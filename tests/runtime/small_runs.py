@@ -46,14 +46,14 @@ def write_rows(path: Path, rows: int) -> Path:
     return path
 
 
-def write_recipe(folder: Path, model: Path | str, *, rows: int = 24, **tables: dict[str, Any]) -> Path:
+def write_recipe(folder: Path, model_id: Path | str, /, *, rows: int = 24, **tables: dict[str, Any]) -> Path:
     """A recipe in `folder` with its data; the keywords are tables that are laid over TABLES, None removes a key."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "eval.jsonl", 5)
     lines = []
     for name, defaults in TABLES.items():
-        table = defaults | ({"id": str(model)} if name == "model" else {}) | tables.get(name, {})
+        table = defaults | ({"id": str(model_id)} if name == "model" else {}) | tables.get(name, {})
         lines.append(f"[{name}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
     path = folder / "recipe.toml"
@@ -61,17 +61,19 @@ def write_recipe(folder: Path, model: Path | str, *, rows: int = 24, **tables: d
     return path
 
 
-def plan_recipe(path: Path) -> tuple[Job, Plan]:
-    """The job of a recipe and its plan, which must fit."""
+def plan_recipe(path: Path, **strategy: Any) -> tuple[Job, Plan]:
+    """The job of a recipe and its plan, which must fit; computed in fp32 on every CPU unless the keywords say more."""
     job = Job(str(path))
     plan = job.make_plan(quick=False)
     assert plan.fits
-    return job, plan
+    return job, plan.model_copy(
+        update={"strategy": plan.strategy.model_copy(update={"compute_dtype": "fp32"} | strategy)}
+    )
 
 
-def run_recipe_file(path: Path) -> tuple[Path, RunReport]:
-    """Run a recipe; the run's directory and its report."""
-    job, plan = plan_recipe(path)
+def run_recipe_file(path: Path, **strategy: Any) -> tuple[Path, RunReport]:
+    """Run a recipe; the run's directory and its report. The keywords change the plan's strategy."""
+    job, plan = plan_recipe(path, **strategy)
     run = path.parent / "run"
     return run, run_job(job, plan, run, Console(file=io.StringIO()))
 

@@ -85,26 +85,6 @@ def test_a_loss_head_can_be_checked_whatever_the_dtypes(llama: Path, method: str
         check_loss_head(built.model, built.base, loss_head=head, device=CPU)
 
 
-def test_no_layer_copies_its_input_to_the_adapters_dtype(llama: Path) -> None:
-    built = build(llama, "lora", weights_dtype="bf16", compute_dtype="bf16")
-    layers = [one for one in built.model.modules() if isinstance(one, LoraLayer)]
-    assert len(layers) == 14
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    ids = make_tokens(2, 24)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        autocast(make_strategy("lora", compute_dtype="bf16"), CPU),
-    ):
-        layers[0](torch.randn(2, 24, 64, dtype=torch.bfloat16))
-        assert kept and {one.dtype for one in kept if one.shape[-1] == 64 and one.ndim > 1} <= {torch.bfloat16}
-        compute_loss(built.model, built.base, ids, ids, loss_head="full", tokens=46).backward()
-
-
 def test_alpha_is_the_recipes_or_twice_the_rank(llama: Path) -> None:
     assert build(llama, "lora").model.peft_config["default"].lora_alpha == 8
     built = build_model(llama, make_strategy("lora"), CPU, alpha=4)
@@ -142,7 +122,9 @@ def test_all_linear_leaves_the_experts_of_a_mixture_alone(tmp_path: Path, model_
     built = build(save_small_model(tmp_path, model_type), method)
     adapted = {name for name, one in built.model.named_modules() if isinstance(one, LoraLayer)}
     assert adapted and not any("expert" in name or "gate" in name for name in adapted)
-    assert find_gradients(built, method).keys() >= {name for name, _ in built.model.named_parameters() if "lora_B" in name}
+    assert find_gradients(built, method).keys() >= {
+        name for name, _ in built.model.named_parameters() if "lora_B" in name
+    }
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -261,7 +243,9 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.config.intermediate_size = 96
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight is stored as \[.*128.*\], its config\.json says \[.*96.*\]"):
+    with pytest.raises(
+        ModelError, match=r"mlp\.\w+\.weight is stored as \[.*128.*\], its config\.json says \[.*96.*\]"
+    ):
         build(tmp_path)
 
 
@@ -301,3 +285,12 @@ def test_a_fresh_adapter_changes_nothing(llama: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     ids = make_tokens(1, 12)
     torch.testing.assert_close(built.model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_that_are_stored_in_4_bits_are_for_qlora_alone(llama: Path, tmp_path: Path, method: str) -> None:
+    stored = build_model(llama, make_strategy("qlora"), CPU).model.unload()
+    stored.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r'stored in 4 bits: only method\.kind = "qlora"'):
+        build(tmp_path, method)
+    assert find_gradients(build(tmp_path, "qlora"), "qlora")

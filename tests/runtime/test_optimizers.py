@@ -33,9 +33,7 @@ class Regression:
     def train(self, name: str, *, rounding: str, steps: int | None = None, learning_rate: float = 1.5e-3) -> float:
         """Train and return the share of the first loss that is left. Adafactor's steps grow with the weights."""
         torch.manual_seed(1)
-        optimizer = make_optimizer(
-            name, self.model, learning_rate=learning_rate, weight_decay=0.0, rounding=rounding
-        )
+        optimizer = make_optimizer(name, self.model, learning_rate=learning_rate, weight_decay=0.0, rounding=rounding)
         first = self.compute_loss().item()
         for _ in range(steps or (80 if name == "adafactor" else 150)):
             self.compute_loss().backward()

@@ -90,9 +90,7 @@ def train_with_transformers(recipe: Path, folder: Path) -> list[dict[str, float]
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = OrderedTrainer(
-        built.model, arguments, train_dataset=list_rows_in_order(recipe), data_collator=collate
-    )
+    trainer = OrderedTrainer(built.model, arguments, train_dataset=list_rows_in_order(recipe), data_collator=collate)
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
 

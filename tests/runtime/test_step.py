@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import build_small_model, make_strategy, make_tokens
-from torch import nn
+from small_models import build_small_model, make_strategy, make_tokens, save_small_model
+from torch import Tensor, UntypedStorage, nn
 
 from fitune.planner.strategy import Strategy
+from fitune.runtime.build import build_model
+from fitune.runtime.losses import compute_loss
 from fitune.runtime.optimizers import make_optimizer
-from fitune.runtime.step import MicroBatch, StepResult, autocast, make_scaler, training_step
+from fitune.runtime.step import (
+    MicroBatch,
+    StepResult,
+    autocast,
+    make_scaler,
+    training_step,
+    uncast_adapter_inputs,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,7 +50,7 @@ class Trained:
             enter_phase=self.phases.append,
         )
 
-    def copy_weights(self) -> list[torch.Tensor]:
+    def copy_weights(self) -> list[Tensor]:
         return [one.detach().clone() for one in self.model.parameters()]
 
 
@@ -139,6 +149,31 @@ def test_fp16_gradients_are_clipped_and_reported_unscaled() -> None:
     result = scaled.step(make_batch())
     assert result.loss == pytest.approx(exact.loss, rel=0.01)
     assert result.gradient_norm == pytest.approx(exact.gradient_norm, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_keep_no_copies_of_their_inputs(tmp_path: Path, method: str) -> None:
+    """peft's default keeps one for each adapter of a layer; q, k and v then have three of the same hidden states."""
+    strategy = make_strategy(method, weights_dtype="bf16", compute_dtype="bf16")
+    built = build_model(save_small_model(tmp_path), strategy, CPU)
+
+    def count_kept_bytes() -> int:
+        storages: dict[int, UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        ids = make_tokens(4, 64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(strategy, CPU):
+            loss = compute_loss(built.model, built.base, ids, ids, loss_head="chunked", tokens=252)
+        del loss
+        return sum(one.nbytes() for one in storages.values())
+
+    copied = count_kept_bytes()
+    with uncast_adapter_inputs(built.model):
+        assert count_kept_bytes() < 0.9 * copied
+    assert count_kept_bytes() == copied
 
 
 @pytest.mark.parametrize(

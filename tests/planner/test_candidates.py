@@ -1,0 +1,195 @@
+"""Which strategies a recipe leaves open on a device, and in which order they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import CPU, FP32_CPU, make_gpu, make_inputs, make_strategy
+
+from fitune.planner.candidates import (
+    estimate_relative_time,
+    list_methods,
+    list_settings,
+    list_strategies,
+    order_key,
+)
+from fitune.planner.strategy import Device, Strategy
+from fitune.recipes.errors import PlanError
+from fitune.recipes.schema import Recipe
+
+H100, T4, V100 = make_gpu("H100 80GB"), make_gpu("T4"), make_gpu("V100 16GB")
+
+
+def recipe_with(**tables: Any) -> Recipe:
+    return make_inputs(tables, H100).recipe_file.recipe
+
+
+def list_all(tables: Mapping[str, Any], device: Device, method: str) -> list[Strategy]:
+    return list(list_strategies(recipe_with(**tables), device, method))  # type: ignore[arg-type]
+
+
+def dtypes(tables: Mapping[str, Any], device: Device, method: str) -> set[tuple[str, str, str | None]]:
+    return {(one.weights_dtype, one.compute_dtype, one.adapter_dtype) for one in list_all(tables, device, method)}
+
+
+def test_methods_are_tried_in_the_recipes_order() -> None:
+    assert list_methods(recipe_with()) == ("full", "lora", "qlora")
+    assert list_methods(recipe_with(method={"prefer": ["qlora", "full"]})) == ("qlora", "full")
+    assert list_methods(recipe_with(method={"kind": "lora"})) == ("lora",)
+
+
+def test_an_adapter_to_continue_rules_full_fine_tuning_out() -> None:
+    assert list_methods(recipe_with(method={"adapter": "old/adapter"})) == ("lora", "qlora")
+
+
+@given(st.integers(1, 5000))
+def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -> None:
+    found = list_all({"train": {"global_batch_size": whole}}, H100, "qlora")
+    assert {one.micro_batch_size * one.gradient_accumulation_steps for one in found} == {whole}
+    assert {one.micro_batch_size for one in found} == {n for n in range(1, whole + 1) if whole % n == 0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("micro_batch_size", 4, "micro_batch_size"),
+        ("gradient_checkpointing", True, "gradient_checkpointing"),
+        ("gradient_checkpointing", False, "gradient_checkpointing"),
+        ("loss_head", "chunked", "loss_head"),
+        ("loss_head", "full", "loss_head"),
+        ("optimizer", "adafactor", "optimizer"),
+        ("optimizer", "paged_adamw", "optimizer"),
+        ("compile", True, "compile"),
+        ("learning_rate", 3e-3, "learning_rate"),
+    ],
+)
+@pytest.mark.parametrize("device", [H100, CPU], ids=["gpu", "cpu"])
+def test_what_the_recipe_fixes_stays_fixed(key: str, value: object, field: str, device: Device) -> None:
+    for method in ("full", "lora", "qlora"):
+        found = list_all({"train": {key: value}}, device, method)
+        assert {getattr(one, field) for one in found} == {value}
+
+
+def test_what_the_recipe_leaves_open_is_all_tried() -> None:
+    found = list_all({}, H100, "lora")
+    assert {one.gradient_checkpointing for one in found} == {False, True}
+    assert {one.loss_head for one in found} == {"full", "chunked"}
+    assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
+    assert {one.compile for one in found} == {False}
+
+
+def test_no_paged_optimizer_is_offered_on_a_cpu() -> None:
+    for method in ("full", "lora", "qlora"):
+        assert not any(one.optimizer.startswith("paged") for one in list_all({}, CPU, method))
+
+
+def test_the_learning_rate_follows_the_method() -> None:
+    rates = {method: {one.learning_rate for one in list_all({}, H100, method)} for method in ("full", "lora", "qlora")}
+    assert rates == {"full": {2e-5}, "lora": {2e-4}, "qlora": {2e-4}}
+
+
+def test_adapter_keys_reach_the_strategy_of_adapters_only() -> None:
+    tables = {"method": {"rank": 4, "dropout": 0.1, "targets": ["q_proj"], "double_quantization": False}}
+    for one in list_all(tables, H100, "qlora"):
+        assert (one.adapter_rank, one.adapter_dropout, one.adapter_targets) == (4, 0.1, ("q_proj",))
+        assert not one.double_quantization
+    for one in list_all(tables, H100, "full"):
+        assert (one.adapter_rank, one.adapter_dropout, one.adapter_targets) == (None, 0.0, None)
+
+
+def test_full_fine_tuning_keeps_fp32_weights_or_rounds_bf16_ones_stochastically() -> None:
+    found = {(one.weights_dtype, one.rounding) for one in list_all({}, H100, "full")}
+    assert found == {("fp32", "nearest"), ("bf16", "stochastic")}
+
+
+def test_bf16_adapters_are_rounded_stochastically_too() -> None:
+    assert {one.rounding for one in list_all({"method": {"adapter_dtype": "bf16"}}, H100, "lora")} == {"stochastic"}
+    assert {one.rounding for one in list_all({}, H100, "lora")} == {"nearest"}
+
+
+@pytest.mark.parametrize("card", [T4, V100], ids=["T4", "V100"])
+def test_a_card_without_bf16_computes_in_fp16_and_trains_fp32_weights(card: Device) -> None:
+    assert dtypes({}, card, "full") == {("fp32", "fp16", None)}
+    for method in ("lora", "qlora"):
+        assert dtypes({}, card, method) == {("fp16", "fp16", "fp32")}
+        assert dtypes({"method": {"adapter_dtype": "bf16"}}, card, method) == {("fp16", "fp16", "fp32")}
+
+
+def test_a_cpu_without_bf16_computes_in_fp32() -> None:
+    for method, adapter in (("full", None), ("lora", "fp32"), ("qlora", "fp32")):
+        assert dtypes({}, FP32_CPU, method) == {("fp32", "fp32", adapter)}
+
+
+def test_a_cpu_with_bf16_computes_in_it() -> None:
+    assert dtypes({}, CPU, "full") == {("fp32", "bf16", None), ("bf16", "bf16", None)}
+    assert dtypes({}, CPU, "lora") == {("bf16", "bf16", "fp32")}
+
+
+@pytest.mark.parametrize("asked", ["bf16", "fp32"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_recipes_dtype_is_the_weights(asked: str, method: str) -> None:
+    model = {"id": "llama-3.2-1b", "dtype": asked}
+    for device in (H100, CPU):
+        assert {weights for weights, _, _ in dtypes({"model": model}, device, method)} == {asked}
+
+
+def test_fp16_weights_are_refused_where_they_cannot_train() -> None:
+    recipe = recipe_with(model={"id": "llama-3.2-1b", "dtype": "fp16"})
+    with pytest.raises(PlanError, match=r'model\.dtype: "fp16" is for GPUs without bf16; on a CPU use'):
+        list_settings(recipe, CPU, "lora")
+    with pytest.raises(PlanError, match="fp16 weights cannot be trained"):
+        list_settings(recipe, T4, "full")
+    assert {(s.weights, s.compute) for s in list_settings(recipe, H100, "lora")} == {("fp16", "fp16")}
+
+
+@pytest.mark.parametrize("device", [CPU, T4], ids=["cpu", "T4"])
+def test_flash_attention_is_refused_where_it_has_no_kernels(device: Device) -> None:
+    recipe = recipe_with(model={"id": "llama-3.2-1b", "attention": "flash_attention_2"})
+    with pytest.raises(PlanError, match=r'model\.attention: "flash_attention_2" needs .* use "sdpa"'):
+        list_settings(recipe, device, "lora")
+    assert list_settings(recipe, H100, "lora")
+
+
+def test_a_family_without_sdpa_gets_eager_attention() -> None:
+    recipe = recipe_with()
+    found = {has: {s.attention for s in list_strategies(recipe, H100, "lora", has_sdpa=has)} for has in (True, False)}
+    assert found == {True: {"sdpa"}, False: {"eager"}}
+
+
+def test_exact_weights_come_before_rounded_ones_however_slow() -> None:
+    slow = make_strategy("full", weights_dtype="fp32", gradient_checkpointing=True, loss_head="chunked")
+    fast = make_strategy("full", weights_dtype="bf16")
+    assert order_key(slow, H100, 4096) < order_key(fast, H100, 4096)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gradient_checkpointing": True}, "computes the forward twice"),
+        ({"loss_head": "chunked"}, "smaller matrices"),
+        ({"optimizer": "paged_adamw_8bit"}, "states cross the bus"),
+        ({"attention": "eager"}, "writes its scores out"),
+        ({"optimizer": "adamw_8bit"}, "loses precision, at the same speed"),
+    ],
+)
+def test_what_costs_time_or_precision_is_tried_later(change: dict[str, Any], why: str) -> None:
+    plain, costly = make_strategy(), make_strategy(**change)
+    assert order_key(plain, H100, 4096) < order_key(costly, H100, 4096), why
+
+
+def test_a_larger_micro_batch_is_faster_until_the_device_is_busy() -> None:
+    def time(rows: int, length: int = 512) -> float:
+        return estimate_relative_time(make_strategy(micro_batch_size=rows), H100, length)
+
+    assert time(1) > time(2) > time(4) == time(64) == 1.0
+    assert time(1, 8192) == 1.0
+
+
+@given(st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 256), st.integers(1, 10**5))
+def test_no_strategy_is_faster_than_the_fastest(method: str, rows: int, length: int) -> None:
+    for device in (H100, CPU):
+        assert estimate_relative_time(make_strategy(method, micro_batch_size=rows), device, length) >= 1.0

@@ -1,0 +1,183 @@
+"""The memory of a run: what adds up, what grows with what, and which phases there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import CPU, GiB, find_shape, make_gpu, make_strategy
+
+from fitune.planner.arithmetic import estimate_gradient_bytes, estimate_optimizer_bytes, estimate_weight_bytes
+from fitune.planner.catalog import list_models
+from fitune.planner.estimate import CUDA_CONTEXT_BYTES, FRAGMENTATION, MARGIN, MARGIN_BYTES, estimate_memory
+from fitune.planner.memory import PHASES, Memory
+from fitune.planner.strategy import Device, Strategy
+
+H100 = make_gpu("H100 80GB")
+DEVICES = {"cuda": H100, "cpu": CPU}
+OPTIMIZERS = ["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
+
+
+def estimate(name: str, strategy: Strategy, length: int = 512, device: Device = H100, merge: bool = False) -> Memory:
+    return estimate_memory(find_shape(name), strategy, device, sequence_length=length, merge=merge)
+
+
+def find_phase(memory: Memory, name: str) -> int:
+    return next(phase.peak_allocated_bytes for phase in memory.phases if phase.name == name)
+
+
+names = st.sampled_from([model.name for model in list_models()])
+devices = st.sampled_from(list(DEVICES))
+
+
+@st.composite
+def strategies(draw: st.DrawFn) -> Strategy:
+    method = draw(st.sampled_from(["full", "lora", "qlora"]))
+    weights = draw(st.sampled_from(["bf16", "fp32"]))
+    adapters: dict[str, Any] = {}
+    if method != "full":
+        adapters = {
+            "adapter_rank": draw(st.integers(1, 512)),
+            "adapter_dtype": draw(st.sampled_from(["bf16", "fp32"])),
+            "adapter_dropout": draw(st.sampled_from([0.0, 0.05])),
+        }
+    return make_strategy(
+        method,
+        weights_dtype=weights,
+        rounding=draw(st.sampled_from(["nearest", "stochastic"])),
+        attention=draw(st.sampled_from(["sdpa", "eager"])),
+        micro_batch_size=draw(st.integers(1, 16)),
+        gradient_accumulation_steps=draw(st.sampled_from([1, 2, 16])),
+        gradient_checkpointing=draw(st.booleans()),
+        loss_head=draw(st.sampled_from(["full", "chunked"])),
+        optimizer=draw(st.sampled_from(OPTIMIZERS)),
+        double_quantization=draw(st.booleans()),
+        **adapters,
+    )
+
+
+@settings(max_examples=150)
+@given(names, strategies(), st.integers(1, 16384), devices, st.booleans())
+def test_components_add_up_to_the_peak_and_the_peak_is_the_highest_phase(
+    name: str, strategy: Strategy, length: int, kind: str, merge: bool
+) -> None:
+    memory = estimate(name, strategy, length, DEVICES[kind], merge)
+    assert sum(dict(memory.components).values()) == memory.peak_allocated_bytes
+    assert tuple(phase.name for phase in memory.phases) == PHASES
+    assert memory.peak_allocated_bytes == max(phase.peak_allocated_bytes for phase in memory.phases)
+    assert find_phase(memory, memory.peak_phase) == memory.peak_allocated_bytes
+    assert memory.required_bytes > memory.peak_device_bytes > memory.peak_allocated_bytes > 0
+    assert (memory.peak_reserved_bytes is None) == (kind == "cpu")
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(1, 8192), st.integers(1, 8192), devices)
+def test_longer_rows_never_need_less(name: str, strategy: Strategy, one: int, other: int, kind: str) -> None:
+    short, long = (estimate(name, strategy, length, DEVICES[kind]) for length in sorted((one, other)))
+    assert short.peak_allocated_bytes <= long.peak_allocated_bytes
+    assert short.required_bytes <= long.required_bytes
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(1, 32), st.integers(1, 2048), devices)
+def test_more_rows_at_a_time_never_need_less(name: str, strategy: Strategy, rows: int, length: int, kind: str) -> None:
+    few, many = (
+        estimate(name, strategy.model_copy(update={"micro_batch_size": n}), length, DEVICES[kind])
+        for n in (rows, rows + 1)
+    )
+    assert few.required_bytes <= many.required_bytes
+
+
+@settings(max_examples=60)
+@given(names, st.sampled_from(["lora", "qlora"]), st.integers(1, 1024), devices)
+def test_a_higher_rank_needs_more(name: str, method: str, rank: int, kind: str) -> None:
+    low, high = (estimate(name, make_strategy(method, adapter_rank=r), device=DEVICES[kind]) for r in (rank, rank + 1))
+    assert low.required_bytes < high.required_bytes
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(256, 4096), devices)
+def test_checkpointing_never_needs_more(name: str, strategy: Strategy, length: int, kind: str) -> None:
+    without, checkpointed = (
+        estimate(name, strategy.model_copy(update={"gradient_checkpointing": on}), length, DEVICES[kind])
+        for on in (False, True)
+    )
+    one_checkpoint = 1.01  # where gradients and states are the peak, the first layer's input is still there
+    assert checkpointed.required_bytes <= one_checkpoint * without.required_bytes
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gpt2-medium", "gemma-2-2b"])
+def test_a_phase_that_only_holds_states_is_exactly_what_is_held(name: str, method: str) -> None:
+    strategy, shape = make_strategy(method, optimizer="adamw_32bit"), find_shape(name)
+    memory, on_cpu = estimate(name, strategy), estimate(name, strategy, device=CPU)
+    held = estimate_weight_bytes(shape, strategy) + estimate_optimizer_bytes(shape, strategy)[0]
+    adapters = 0 if method == "full" else estimate_gradient_bytes(shape, strategy)
+    assert find_phase(on_cpu, "save") == held + adapters
+    assert find_phase(on_cpu, "clip") == held + adapters + estimate_gradient_bytes(shape, strategy)
+    assert find_phase(memory, "clip") > find_phase(on_cpu, "clip"), "a GPU holds cuBLAS's workspace too"
+
+
+def test_gradients_of_earlier_micro_batches_are_live_in_the_forward() -> None:
+    strategy = make_strategy("full")
+    alone, accumulating = (
+        find_phase(estimate("llama-3.2-1b", strategy.model_copy(update={"gradient_accumulation_steps": n})), "forward")
+        for n in (1, 4)
+    )
+    assert accumulating - alone == estimate_gradient_bytes(find_shape("llama-3.2-1b"), strategy)
+
+
+def test_paged_states_count_beside_the_allocator_on_a_gpu_and_in_ram_on_a_cpu() -> None:
+    paged, plain = (make_strategy("full", optimizer=name) for name in ("paged_adamw", "adamw_32bit"))
+    managed = estimate_optimizer_bytes(find_shape("llama-3.2-1b"), paged)[1]
+    memory = estimate("llama-3.2-1b", paged)
+    assert memory.peak_reserved_bytes == int(memory.peak_allocated_bytes * (1 + FRAGMENTATION))
+    assert memory.peak_device_bytes == memory.peak_reserved_bytes + CUDA_CONTEXT_BYTES + managed
+    on_cpu = [estimate("llama-3.2-1b", one, device=CPU) for one in (paged, plain)]
+    assert on_cpu[0].peak_allocated_bytes == on_cpu[1].peak_allocated_bytes
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_the_margin_is_a_share_and_a_constant_over_the_device_peak(kind: str) -> None:
+    memory = estimate("llama-3.1-8b", make_strategy(), device=DEVICES[kind])
+    margin = MARGIN[DEVICES[kind].kind] * memory.peak_device_bytes + MARGIN_BYTES[DEVICES[kind].kind]
+    assert memory.required_bytes - memory.peak_device_bytes == pytest.approx(margin, abs=1)
+    assert memory.budget_bytes == DEVICES[kind].budget_bytes
+
+
+def test_tied_embeddings_need_a_second_gradient_of_their_size() -> None:
+    strategy = make_strategy("full", gradient_checkpointing=True, loss_head="chunked")
+    memory = estimate("llama-3.2-1b", strategy, length=64)
+    embedding = 2 * find_shape("llama-3.2-1b").embedding_parameters
+    assert memory.peak_phase == "backward"
+    assert memory.components.temporary >= embedding
+
+
+def test_an_adapter_on_disk_is_small_and_its_merged_model_is_not() -> None:
+    adapter, merged = (estimate("llama-3.1-8b", make_strategy("qlora"), merge=merge) for merge in (False, True))
+    assert adapter.disk_bytes < 0.3 * GiB
+    assert merged.disk_bytes - adapter.disk_bytes == 2 * find_shape("llama-3.1-8b").parameters
+    assert estimate("llama-3.1-8b", make_strategy("full")).disk_bytes > 2 * find_shape("llama-3.1-8b").parameters
+
+
+def test_merging_needs_ram_for_the_16_bit_base_and_no_memory_of_the_gpu() -> None:
+    strategy, base = make_strategy("qlora", gradient_checkpointing=True), 2 * find_shape("llama-3.1-8b").parameters
+    on_gpu = [estimate("llama-3.1-8b", strategy, merge=merge) for merge in (False, True)]
+    assert on_gpu[0].required_bytes == on_gpu[1].required_bytes
+    assert on_gpu[1].host_bytes > base > on_gpu[0].host_bytes
+    on_cpu = estimate("llama-3.1-8b", strategy, device=CPU, merge=True)
+    assert on_cpu.peak_phase == "merge"
+    assert on_cpu.components.weights == base
+    assert on_cpu.host_bytes == on_cpu.peak_device_bytes > base
+
+
+def test_qlora_is_not_always_the_smallest() -> None:
+    """Small models at long rows: what NF4 saves is less than what its dequantised weight and the states cost."""
+    sizes = {
+        method: estimate("smollm2-135m-instruct", make_strategy(method, adapter_rank=256), length=64).required_bytes
+        for method in ("lora", "qlora")
+    }
+    ratio = {name: size / sizes["lora"] for name, size in sizes.items()}
+    assert 0.9 < ratio["qlora"] < 1.1

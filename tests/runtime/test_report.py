@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_models import save_small_model
+from small_runs import run_recipe_file, write_recipe
+
+from fitune.planner.plan import Plan
+from fitune.recipes.errors import RunError
+from fitune.recipes.units import format_bytes
+from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that has finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    return run_recipe_file(write_recipe(folder, save_small_model(folder / "model")))[0]
+
+
+def render(plan: Plan, report: RunReport) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    render_report(plan, report, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_report_shows_the_loss_the_question_and_both_memories(finished: Path) -> None:
+    plan, report = load_report(finished)
+    text = render(plan, report)
+    assert report.loss.before is not None and report.loss.after is not None and report.sample is not None
+    change = 100 * (report.loss.after / report.loss.before - 1)
+    assert f"{report.loss.before:.3f} -> {report.loss.after:.3f} ({change:+.1f} %)" in text
+    assert report.sample.question in text and "before" in text and "after" in text
+    measured = report.measured.peak_device_bytes
+    assert measured is not None
+    (line,) = (one for one in text.splitlines() if "resident memory of the process" in one)
+    error = 100 * (plan.memory.peak_device_bytes / measured - 1)
+    assert line.rstrip().endswith(f"{error:+.1f} %")
+    assert format_bytes(plan.memory.peak_device_bytes) in line and format_bytes(measured) in line
+    assert format_bytes(plan.memory.budget_bytes) in text
+
+
+def test_a_report_as_json_has_the_predicted_memory_beside_the_measured(finished: Path) -> None:
+    plan, report = load_report(finished)
+    document = json.loads(make_report_json(plan, report))
+    assert document["predicted"] == plan.memory.model_dump(mode="json")
+    assert document["measured"]["peak_device_bytes"] == report.measured.peak_device_bytes
+    assert document["status"] == "finished" and document["format_version"] == 1
+
+
+def test_text_in_brackets_is_shown_as_it_is(finished: Path) -> None:
+    """An answer or a path is not the terminal's markup."""
+    plan, report = load_report(finished)
+    assert report.sample is not None
+    sample = report.sample.model_copy(update={"question": "[bold]why[/nonsense]?"})
+    text = render(plan, report.model_copy(update={"sample": sample, "recipe": "[a]/[/b].toml"}))
+    assert "[bold]why[/nonsense]?" in text and "[a]/[/b].toml" in text
+
+
+def test_events_of_the_monitor_are_shown(finished: Path) -> None:
+    plan, report = load_report(finished)
+    event = {"kind": "memory_over_plan", "message": "memory [x] has left the plan"}
+    assert "note: memory [x] has left the plan" in render(plan, report.model_copy(update={"events": (event,)}))
+
+
+def test_a_run_without_held_out_rows_and_steps_can_be_shown(finished: Path) -> None:
+    plan, report = load_report(finished)
+    loss = report.loss.model_copy(update={"before": None, "after": None, "first": None, "last": None})
+    speed = report.speed.model_copy(update={"steps": 0, "tokens_per_second": None})
+    text = render(
+        plan, report.model_copy(update={"loss": loss, "speed": speed, "sample": None, "status": "interrupted"})
+    )
+    assert "interrupted" in text and "held-out" not in text
+
+
+def test_a_directory_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"gone: there is no such run directory"):
+        load_report(tmp_path / "gone")
+
+
+def test_a_run_that_has_not_finished_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no report\.json in it: the run has not finished"):
+        load_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "report.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 2}', b"\xff\xfe"])
+def test_a_damaged_document_is_one_message(finished: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    for one in ("plan.json", "report.json"):
+        (tmp_path / one).write_bytes((finished / one).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match=r"its plan or report cannot be read") as refused:
+        load_report(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_without_its_plan_is_one_message(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
+    with pytest.raises(RunError, match=r"its plan or report cannot be read"):
+        load_report(tmp_path)
