@@ -6,6 +6,7 @@ images: docs/images/*.svg from real commands, recorded by rich. The run takes mi
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -98,8 +99,7 @@ def make_images() -> None:
 
 
 def _record() -> Console:
-    with Path(os.devnull).open("w") as nowhere:
-        return Console(record=True, width=WIDTH, file=nowhere, force_terminal=False, color_system="truecolor")
+    return Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False)
 
 
 def _save(console: Console, name: str, title: str, *, hide: str = "") -> None:

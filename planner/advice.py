@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
 from ..recipes.units import format_bytes
@@ -12,6 +14,7 @@ from .memory import Memory
 from .reasons import METHOD_NAMES
 from .shape import ModelShape
 from .strategy import DataFacts, Device, Method, Strategy
+from .versions import list_version_warnings
 
 SHORTEST_USEFUL_TOKENS = 64
 SAVING_KEYS = ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
@@ -19,7 +22,13 @@ ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
 def list_warnings(
-    recipe: Recipe, device: Device, strategy: Strategy, data: DataFacts, shape: ModelShape
+    recipe: Recipe,
+    device: Device,
+    strategy: Strategy,
+    data: DataFacts,
+    shape: ModelShape,
+    *,
+    versions: Mapping[str, str],
 ) -> tuple[str, ...]:
     """Everything that the plan decided or assumed and that a person might not expect."""
     texts = []
@@ -55,7 +64,7 @@ def list_warnings(
         )
     if strategy.compile:
         texts.append("train.compile: memory is planned as for the eager step; compiled layers need about as much")
-    return tuple(texts)
+    return (*texts, *list_version_warnings(versions))
 
 
 def list_advice(

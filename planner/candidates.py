@@ -122,6 +122,8 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa:
             optimizer=optimizer,
             compile=train.compile is True,
             packing=recipe.data.packing,
+            activation_offload=train.activation_offload,
+            expandable_segments=train.expandable_segments,
             learning_rate=LEARNING_RATE[method] if train.learning_rate == "auto" else train.learning_rate,
         )
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..recipes.errors import DeviceError
+from ..recipes.schema import BudgetTable
 from ..recipes.units import MiB
-from .strategy import Value
+from .strategy import Device, Value
 
 _DATA = Path(__file__).parent / "data"
 
@@ -98,6 +99,21 @@ def find_gpu(name: str) -> CatalogGpu:
     if card is None:
         raise DeviceError(f'budget.gpu: "{name}" is not in the GPU catalog; {_describe_nearest_gpus(name, cards)}')
     return card
+
+
+def make_catalog_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
+    """A card as the device of a plan; RAM and disk are known where the budget says them."""
+    return Device(
+        name=gpu.name,
+        kind="cuda",
+        memory_bytes=gpu.memory_bytes,
+        budget_bytes=budget.memory_bytes or gpu.memory_bytes,
+        bf16=gpu.bf16,
+        gpus=budget.gpus,
+        host_memory_bytes=budget.host_memory_bytes,
+        disk_bytes=budget.disk_bytes,
+        budget_source="memory of the card" if budget.memory is None else "budget.memory",
+    )
 
 
 def _load_json(file: str) -> dict[str, dict[str, Any]]:

@@ -67,12 +67,12 @@ def estimate_memory(
     allocated = peak.live.total
     managed = estimate_optimizer_bytes(shape, strategy)[1] if device.kind == "cuda" else 0
     reserved = int(allocated * (1 + FRAGMENTATION)) if device.kind == "cuda" else None
-    beside = CUDA_CONTEXT_BYTES + managed if device.kind == "cuda" else CPU_PROCESS_BYTES
-    device_bytes = (reserved if reserved is not None else allocated) + beside
+    device_bytes = (reserved if reserved is not None else allocated) + managed + estimate_beside_bytes(device)
     files = estimate_disk_bytes(shape, strategy, merge=merge)
     return Memory(
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
+        managed_bytes=managed,
         peak_device_bytes=device_bytes,
         required_bytes=int(device_bytes * (1 + MARGIN[device.kind])) + MARGIN_BYTES[device.kind],
         budget_bytes=device.budget_bytes,
@@ -82,6 +82,13 @@ def estimate_memory(
         components=peak.live,
         phases=tuple(Phase(name=name, peak_allocated_bytes=one.live.total) for name, one in phases.items()),
     )
+
+
+def estimate_beside_bytes(device: Device) -> int:
+    """Memory beside the tensors, which no model and no strategy changes: as calibrated, else the general constant."""
+    if device.beside is not None:
+        return device.beside.bytes
+    return CUDA_CONTEXT_BYTES if device.kind == "cuda" else CPU_PROCESS_BYTES
 
 
 def _order(instants: list[Instant]) -> list[str]:

@@ -55,6 +55,7 @@ class Memory(Value):
 
     peak_allocated_bytes: highest sum of live tensors
     peak_reserved_bytes:  highest of the caching allocator, fragmentation included; None on a CPU
+    managed_bytes:        states of paged optimizers, beside the allocator; 0 on a CPU
     peak_device_bytes:    what NVML will show: reserved + context + managed; on a CPU the process's resident peak
     required_bytes:       peak_device_bytes with its margin: `fits` is decided on this
     budget_bytes:         what may be used of the device
@@ -67,6 +68,7 @@ class Memory(Value):
 
     peak_allocated_bytes: int = Field(ge=0)
     peak_reserved_bytes: int | None = None
+    managed_bytes: int = Field(default=0, ge=0)
     peak_device_bytes: int = Field(ge=0)
     required_bytes: int = Field(ge=0)
     budget_bytes: int = Field(gt=0)

@@ -229,7 +229,7 @@ def _write_plan(inputs: PlanInputs, closest: _Candidate, rejected: list[_Candida
         resolved_recipe=recipe_file.resolved,
         recipe_sha256=recipe_file.sha256,
         fits=fits,
-        warnings=list_warnings(recipe, inputs.device, strategy, data, shape),
+        warnings=list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions),
         advice=() if fits else list_advice(recipe, inputs.device, shape, strategy, closest.memory, data),
         device=inputs.device,
         model=PlannedModel(id=recipe.model.id, model_type=shape.model_type, config_sha256=inputs.config_sha256),

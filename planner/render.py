@@ -125,7 +125,7 @@ def _render_memory(plan: Plan, *, bar: str) -> RenderableType:
     table.add_row("peak of live tensors", _gib(memory.peak_allocated_bytes), "")
     if memory.peak_reserved_bytes is not None:
         table.add_row("reserved by the allocator", _gib(memory.peak_reserved_bytes), "")
-    table.add_row(_describe_device_bytes(plan), _gib(memory.peak_device_bytes), "")
+    table.add_row(_describe_device_bytes(plan), _gib(memory.peak_device_bytes), _describe_constant(plan.device))
     table.add_row("with the estimate's margin", _gib(memory.required_bytes), "")
     table.add_row("budget", _gib(memory.budget_bytes), "")
     return Group(table, _render_phases(memory), Text())
@@ -135,6 +135,11 @@ def _describe_device_bytes(plan: Plan) -> str:
     if plan.device.kind == "cpu":
         return "with Python's libraries"
     return "with context, paged states" if plan.strategy.optimizer.startswith("paged_") else "with the CUDA context"
+
+
+def _describe_constant(device: Device) -> str:
+    """Where the memory beside the tensors comes from, where it was learnt on this machine."""
+    return "" if device.beside is None else f"{format_bytes(device.beside.bytes)} beside: {device.beside.source}"
 
 
 def _render_phases(memory: Memory) -> RenderableType:

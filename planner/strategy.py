@@ -19,6 +19,17 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class DeviceConstant(Value):
+    """Memory beside the tensors, as finished runs on a machine showed it.
+
+    bytes:  on a GPU beside the allocator's and managed memory: context, kernels, workspaces; on a CPU the process's own
+    source: a phrase for people: from how many runs, and of which day
+    """
+
+    bytes: int = Field(gt=0)
+    source: str
+
+
 class Device(Value):
     """What a plan is made for; probed by the runtime or read from the GPU catalog.
 
@@ -32,6 +43,7 @@ class Device(Value):
     disk_bytes:      free disk for the run, None where it is not known
     budget_source:   a phrase for people: where budget_bytes comes from
     driver:          NVIDIA driver version, None without one or for a card of the catalog
+    beside:          what `fitune calibrate` learnt of it, None where the closed form's constant holds
     """
 
     name: str
@@ -44,6 +56,7 @@ class Device(Value):
     disk_bytes: int | None = None
     budget_source: str = ""
     driver: str | None = None
+    beside: DeviceConstant | None = None
 
 
 class DataFacts(Value):
@@ -79,6 +92,8 @@ class Strategy(Value):
     optimizer:        one of the recipe's names
     compile:          layers compiled
     packing:          short rows put together, which gives attention an explicit mask
+    activation_offload: what the layers keep for backward waits in host memory (on a GPU)
+    expandable_segments: segments of CUDA's caching allocator grow
     learning_rate:    peak of the schedule
     """
 
@@ -99,4 +114,6 @@ class Strategy(Value):
     optimizer: Optimizer
     compile: bool = False
     packing: bool = False
+    activation_offload: bool = False
+    expandable_segments: bool = False
     learning_rate: float = Field(gt=0)

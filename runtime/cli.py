@@ -50,8 +50,25 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a recipe, one a line.")
 @click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `fitune run plan.json`.")
-def plan(recipes: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, quick: bool, output: str | None) -> None:
+@click.option(
+    "--sweep",
+    multiple=True,
+    metavar="KEY=V1,V2 [KEY=V1,V2...]",
+    help="A grid of plans, by closed forms: one for each combination of the values.",
+)
+@click.option("--what-fits", is_flag=True, help="The longest rows and the largest model for the device.")
+def plan(
+    recipes: tuple[str, ...],
+    overrides: tuple[str, ...],
+    as_json: bool,
+    quick: bool,
+    output: str | None,
+    sweep: tuple[str, ...],
+    what_fits: bool,
+) -> None:
     """Show what a run would need: a dry run without weights and without a GPU."""
+    if sweep or what_fits:
+        sys.exit(_show_view(recipes, overrides, sweep, as_json=as_json, what_fits=what_fits, output=output))
     from ..planner.render import render_plan
     from .planning import Job
 
@@ -75,6 +92,40 @@ def plan(recipes: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, qu
             command = shlex.join(["fitune", "run", *([output] if output else [path, *settings])])
             render_plan(made, console, next_command=command if made.fits else None)
     sys.exit(EXIT_ERROR if EXIT_ERROR in codes else max(codes))
+
+
+def _show_view(
+    words: tuple[str, ...],
+    overrides: tuple[str, ...],
+    sweep: tuple[str, ...],
+    *,
+    as_json: bool,
+    what_fits: bool,
+    output: str | None,
+) -> int:
+    """One of the views over many plans. click gives --sweep one value: further axes arrive among the recipes."""
+    from .views import show_sweep, show_what_fits
+
+    axes = [word for word in words if sweep and "=" in word and not Path(word).exists()]
+    recipes = [word for word in words if word not in axes]
+    if len(recipes) != 1:
+        raise click.UsageError("--sweep and --what-fits take one recipe")
+    if output is not None or (sweep and what_fits):
+        raise click.UsageError("--sweep, --what-fits and -o exclude each other")
+    if what_fits:
+        return show_what_fits(recipes[0], overrides, console, as_json=as_json)
+    return show_sweep(recipes[0], overrides, [*sweep, *axes], console, as_json=as_json)
+
+
+@cli.command()
+@click.argument("recipe")
+@SET_OPTION
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a card, one a line.")
+def gpus(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show which cards of the catalog can run a recipe, how, and with what headroom."""
+    from .views import show_cards
+
+    sys.exit(show_cards(recipe, overrides, console, as_json=as_json))
 
 
 def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:

@@ -8,13 +8,15 @@ from typing import Literal
 
 import psutil
 
-from ..planner.catalog import find_gpu
-from ..planner.strategy import Device
+from ..planner.catalog import find_gpu, make_catalog_device
+from ..planner.strategy import Device, DeviceConstant
 from ..recipes.errors import DeviceError
 from ..recipes.schema import BudgetTable
 from ..recipes.units import format_bytes
-from .host import probe_cpu, probe_free_disk_bytes, probe_host_memory
+from .calibration import Stack, load_calibration
+from .host import Cpu, probe_cpu, probe_free_disk_bytes, probe_host_memory
 from .nvml import Gpu, NvmlUnavailable, open_nvml
+from .versions import find_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,13 @@ def probe_device(budget: BudgetTable, *, disk_path: Path) -> Device:
     """The device that the budget names, or else what this machine has: its first visible GPU, or its CPU.
 
     RAM and disk are this host's too, unless the budget says them, or names a card on a machine without any GPU: such a
-    plan is for another machine.
+    plan is for another machine. What was learnt of the device (runtime/calibration.py) counts where it is in this one.
 
     disk_path: where the run writes; it need not exist yet
     """
     here = probe_gpus()
     if budget.gpu is not None:
-        device = _make_catalog_device(budget.gpu, budget)
+        device = make_catalog_device(find_gpu(budget.gpu), budget)
         if not here.visible:
             return device
     elif budget.gpus > max(len(here.visible), 1):
@@ -55,11 +57,12 @@ def probe_device(budget: BudgetTable, *, disk_path: Path) -> Device:
         device = _make_gpu_device(budget, here)
     else:
         device = _make_cpu_device(budget, here.why_none)
-    host_bytes = {
+    found = {
+        "beside": _find_constant(device, here),
         "host_memory_bytes": budget.host_memory_bytes or probe_host_memory().available_bytes,
         "disk_bytes": budget.disk_bytes or probe_free_disk_bytes(disk_path),
     }
-    return device.model_copy(update=host_bytes)
+    return device.model_copy(update=found)
 
 
 def probe_gpus() -> Gpus:
@@ -132,21 +135,6 @@ def describe_use(gpu: Gpu) -> str:
     return f"{free} of {total} are free on {gpu.name}" + (f" ({holders})" if holders else "")
 
 
-def _make_catalog_device(name: str, budget: BudgetTable) -> Device:
-    gpu = find_gpu(name)
-    return Device(
-        name=gpu.name,
-        kind="cuda",
-        memory_bytes=gpu.memory_bytes,
-        budget_bytes=budget.memory_bytes or gpu.memory_bytes,
-        bf16=gpu.bf16,
-        gpus=budget.gpus,
-        host_memory_bytes=budget.host_memory_bytes,
-        disk_bytes=budget.disk_bytes,
-        budget_source="memory of the card" if budget.memory is None else "budget.memory",
-    )
-
-
 def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
     """The first `budget.gpus` cards as the fullest of them is: what others hold is not ours."""
     gpus = here.visible[: budget.gpus]
@@ -172,13 +160,38 @@ def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:
     if memory.available_bytes == 0:
         raise DeviceError(f"no {memory.limited_by} is free")
     return Device(
-        name=f"{cpu.name}, {cpu.cores} core{'' if cpu.cores == 1 else 's'}",
+        name=name_cpu_device(cpu),
         kind="cpu",
         memory_bytes=memory.total_bytes,
         budget_bytes=budget.memory_bytes or memory.available_bytes,
         bf16=cpu.bf16,
         budget_source=f"free {memory.limited_by} ({why_none})" if budget.memory is None else "budget.memory",
     )
+
+
+def name_cpu_device(cpu: Cpu) -> str:
+    """What a plan calls a CPU: `AMD EPYC 9354, 2 cores`."""
+    return f"{cpu.name}, {cpu.cores} core{'' if cpu.cores == 1 else 's'}"
+
+
+def _find_constant(device: Device, here: Gpus) -> DeviceConstant | None:
+    """What was learnt of this device; None for a card of the catalog that is not in this machine."""
+    if device.kind == "cpu":
+        names = [device.name]
+    else:
+        names = [gpu.name for gpu in here.visible if device.name in (gpu.name, _find_catalog_name(gpu.name))]
+    if not names:
+        return None
+    stack = Stack.of(names[0], None if device.kind == "cpu" else here.driver, find_versions())
+    return load_calibration().find_constant(stack)
+
+
+def _find_catalog_name(name: str) -> str | None:
+    """The catalog's name of a card that NVML names; None where it does not have it."""
+    try:
+        return find_gpu(name).name
+    except DeviceError:
+        return None
 
 
 def _check_cpu_has_free(required_bytes: int) -> None:

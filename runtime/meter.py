@@ -24,6 +24,7 @@ class Meter:
         self._nvml = opened if isinstance(opened, Nvml) else None
         self._is_cuda, self._console = device.type == "cuda", console
         self._allocated: dict[str, int] = {}
+        self._reserved_bytes = 0
         self.phase = "load"
         self._monitor = Monitor(
             path,
@@ -48,17 +49,18 @@ class Meter:
 
     def enter(self, phase: str) -> None:
         """From now on the run is in `phase`."""
-        self._take_allocated()
+        self._take_peaks()
         self.phase = phase
         self._monitor.enter_phase(phase)
 
     def stop(self) -> None:
         """End measuring; `summary` and `measure` are then final."""
-        self._take_allocated()
+        self._take_peaks()
         self._monitor.stop()
 
-    def _take_allocated(self) -> None:
+    def _take_peaks(self) -> None:
         if self._is_cuda:
+            self._reserved_bytes = max(torch.cuda.max_memory_reserved(), self._reserved_bytes)
             peak = torch.cuda.max_memory_allocated()
             self._allocated[self.phase] = max(peak, self._allocated.get(self.phase, 0))
             torch.cuda.reset_peak_memory_stats()
@@ -95,7 +97,7 @@ class Meter:
         )
         return MeasuredMemory(
             peak_allocated_bytes=max(self._allocated.values(), default=None) if self._is_cuda else None,
-            peak_reserved_bytes=torch.cuda.memory_stats()["reserved_bytes.all.peak"] if self._is_cuda else None,
+            peak_reserved_bytes=self._reserved_bytes if self._is_cuda else None,
             peak_device_bytes=summary.peak_device_bytes if self._is_cuda else summary.peak_rss_bytes,
             peak_host_bytes=summary.peak_rss_bytes,
             disk_bytes=disk_bytes,

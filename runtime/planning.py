@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from ..planner.catalog import find_gpu
 from ..planner.plan import Plan, PlanInputs, make_plan
 from ..planner.shape import ModelShape, make_shape
-from ..planner.strategy import DataFacts
+from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
@@ -23,11 +22,10 @@ from .devices import probe_device
 from .models import ModelSource, find_model_source, has_local_tokenizer, load_tokenizer
 from .rows import Row, load_rows
 from .tokens import TokenizedRows, tokenize_rows
+from .versions import find_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PACKAGES = ("fitune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,36 +119,30 @@ class Job:
 
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
-        recipe_file = self.recipe_file
-        return make_plan(
-            PlanInputs(
-                recipe_file=recipe_file,
-                recipe_path=self.path,
-                overrides=self.overrides,
-                shape=self.shape,
-                config_sha256=self.source.config_sha256,
-                device=probe_device(recipe_file.recipe.budget, disk_path=self.output_parent),
-                data=self.find_data_facts(quick=quick),
-                versions=find_versions(),
-            )
+        return make_plan(self.find_inputs(quick=quick))
+
+    def find_inputs(self, *, quick: bool, device: Device | None = None) -> PlanInputs:
+        """Everything that the plan is made from; for the recipe's own device where none is given."""
+        return PlanInputs(
+            recipe_file=self.recipe_file,
+            recipe_path=self.path,
+            overrides=self.overrides,
+            shape=self.shape,
+            config_sha256=self.source.config_sha256,
+            device=device or self.probe_device(),
+            data=self.find_data_facts(quick=quick),
+            versions=find_versions(),
         )
+
+    def probe_device(self) -> Device:
+        """The device that the recipe's budget names, or else what this machine has."""
+        return probe_device(self.recipe_file.recipe.budget, disk_path=self.output_parent)
 
     @property
     def output_parent(self) -> Path:
         """The folder that the run's directory is, or will be, in."""
         written = self.recipe_file.recipe.output.dir
         return Path("runs") if written is None else self.recipe_file.resolve(written).parent
-
-
-def find_versions() -> dict[str, str]:
-    """Versions of fitune and of the libraries that decide memory; those that are not installed are left out."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def load_plan(path: Path) -> Plan:
@@ -175,7 +167,7 @@ def reopen_plan(path: Path) -> tuple[Job, Plan, tuple[str, ...]]:
         job = Job(recipe_path, plan.overrides)
     except FituneError as error:
         raise PlanError(f"{path}: stale: its recipe {plan.recipe} cannot be used any more: {error}") from error
-    device = probe_device(job.recipe_file.recipe.budget, disk_path=job.output_parent)
+    device = job.probe_device()
     found = {
         "the recipe": (plan.recipe_sha256, job.recipe_file.sha256),
         "the model's config": (plan.model.config_sha256, job.source.config_sha256),

@@ -28,6 +28,16 @@ REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is either as it was before or whole, also where the process or the machine dies."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
 class RunDirectory:
     """A directory that one run owns; a context manager that holds its lock."""
 
@@ -84,12 +94,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """One text file, whole or not at all."""
-        with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(self.path / name)
+        write_whole(self.path / name, text)
 
     @contextmanager
     def write_folder(self, name: str) -> Iterator[Path]:

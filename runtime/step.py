@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..planner.strategy import Strategy
 from .losses import compute_loss
+from .offload import offload_activations
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -101,7 +102,7 @@ def training_step(
     loss_sum: Tensor | None = None
     for batch in micro_batches:
         enter_phase("forward")
-        with autocast(strategy, device), uncast_adapter_inputs(model):
+        with autocast(strategy, device), uncast_adapter_inputs(model), offload_activations(base, strategy, device):
             loss = compute_loss(
                 model,
                 base,

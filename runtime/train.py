@@ -17,6 +17,7 @@ from transformers import get_scheduler, set_seed
 
 from ..planner.plan import Plan
 from ..recipes.errors import OutOfMemoryError, RunError
+from .allocation import use_expandable_segments
 from .batches import count_steps, iterate_batches
 from .build import BuiltModel, build_model
 from .evaluate import answer, evaluate
@@ -86,6 +87,8 @@ class Run:
     def __init__(self, job: Job, plan: Plan, directory: RunDirectory, base_folder: Path, console: Console) -> None:
         self.job, self.plan, self.directory, self.console = job, plan, directory, console
         self.recipe, self.strategy, self.base_folder = job.recipe_file.recipe, plan.strategy, base_folder
+        if self.strategy.expandable_segments and plan.device.kind == "cuda":
+            use_expandable_segments()
         self.accelerator = Accelerator(
             cpu=plan.device.kind == "cpu",
             mixed_precision="no",

@@ -1,0 +1,144 @@
+"""The views over many plans as tables that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..recipes.units import format_bytes, format_count
+from .reasons import OPTIMIZER_NAMES
+from .render import METHOD_WORDS
+from .strategy import Strategy
+from .views import Axis, Card, Cell, FailedCell, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
+
+ESTIMATOR_WORDS = {"closed_forms": "closed forms"}
+LIMIT_WORDS = {"host": "RAM", "disk": "disk"}
+
+
+def render_cards(cards: Sequence[Card | UnableCard], console: Console, *, sequence_length: int) -> None:
+    """Which cards can run the recipe, how and with what headroom; by how much the others miss."""
+    able = [card for card in cards if isinstance(card, Card)]
+    table = _make_table("card", "GiB", "how", "needs", "to spare")
+    for card in cards:
+        if isinstance(card, UnableCard):
+            table.add_row(card.gpu, _gib(card.memory_bytes), Text(card.error, style="red"), "", "")
+            continue
+        table.add_row(
+            card.gpu,
+            _gib(card.budget_bytes),
+            describe_briefly(card.strategy),
+            _gib(card.required_bytes),
+            _render_headroom(card),
+        )
+    console.print(table)
+    fitting = sum(card.fits for card in able)
+    console.print(Text(f"{fitting} of {len(cards)} cards can run it; the others would need what is missing in red"))
+    if any(card.budget_bytes < card.memory_bytes for card in able):
+        most = format_bytes(max(card.budget_bytes for card in able))
+        console.print(Text(f"of each card at most {most} is used: budget.memory says so"))
+    _print_estimator(able, console, sequence_length)
+
+
+def render_grid(axes: Sequence[Axis], cells: Sequence[Cell | FailedCell], console: Console) -> None:
+    """One table with the first axis down and the second across, for each combination of the further axes."""
+    by_values = {tuple(cell.settings.values()): cell for cell in cells}
+    down, across, further = axes[0], axes[1] if len(axes) > 1 else None, axes[2:]
+    for fixed in product(*(axis.values for axis in further)):
+        title = ", ".join(f"{axis.key} = {value}" for axis, value in zip(further, fixed, strict=True))
+        heads = [f"{across.key} = {value}" for value in across.values] if across else ["plan"]
+        table = _make_table(down.key, title=title, columns=heads)
+        for value in down.values:
+            seconds = [(second,) for second in across.values] if across else [()]
+            table.add_row(Text(value), *(_render_cell(by_values[value, *second, *fixed]) for second in seconds))
+        console.print(table)
+    failed = dict.fromkeys(cell.error for cell in cells if isinstance(cell, FailedCell))
+    for error in failed:
+        console.print(Text.assemble(("error: ", "bold red"), error))
+    _print_estimator([cell for cell in cells if isinstance(cell, Cell)], console, None)
+
+
+def render_what_fits(found: WhatFits, console: Console, *, sequence_length: int) -> None:
+    """The longest rows and the largest model for the device."""
+    device = found.device
+    console.print(Text.assemble((device.name, "bold"), f": {format_bytes(device.budget_bytes)} to use"))
+    table = _make_table("", "", "how", "needs", "to spare")
+    table.add_row("longest rows", *_describe_longest(found.longest))
+    table.add_row(f"largest model for rows of {sequence_length:,} tokens", *_describe_largest(found.largest))
+    console.print(table)
+    for what, outcome in (("longest rows", found.longest), ("largest model", found.largest)):
+        if outcome is not None:
+            words = ESTIMATOR_WORDS.get(outcome.estimator, outcome.estimator)
+            console.print(Text(f"{what}: GiB with the margin, estimated by {words}"))
+
+
+def describe_briefly(strategy: Strategy) -> str:
+    """Such as `LoRA, checkpointed, 4 x 4 rows, AdamW`."""
+    parts = [METHOD_WORDS[strategy.method]]
+    if strategy.method == "full":
+        parts[0] += f" in {strategy.weights_dtype}"
+    parts += ["checkpointed"] if strategy.gradient_checkpointing else []
+    parts += ["chunked head"] if strategy.loss_head == "chunked" else []
+    parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
+    parts.append(OPTIMIZER_NAMES[strategy.optimizer])
+    return ", ".join(parts)
+
+
+def _describe_longest(longest: LongestRows | None) -> Iterator[RenderableType]:
+    if longest is None:
+        yield Text("not even 64 tokens fit", style="red")
+        return
+    limit = ", as long as the model was made for" if longest.is_model_limit else ""
+    yield Text(f"{longest.sequence_length:,} tokens{limit}")
+    yield from _describe_outcome(longest)
+
+
+def _describe_largest(largest: LargestModel | None) -> Iterator[RenderableType]:
+    if largest is None:
+        yield Text("no model of the catalog fits", style="red")
+        return
+    yield Text(f"{largest.model}, {format_count(largest.parameters)} parameters")
+    yield from _describe_outcome(largest)
+
+
+def _describe_outcome(outcome: Outcome) -> tuple[RenderableType, ...]:
+    return describe_briefly(outcome.strategy), _gib(outcome.required_bytes), _render_headroom(outcome)
+
+
+def _render_cell(cell: Cell | FailedCell) -> Text:
+    if isinstance(cell, FailedCell):
+        return Text("error", style="red")
+    verdict = ("fits", "green") if cell.fits else ("too much", "red")
+    limit = "" if cell.limit == "device" else f", {LIMIT_WORDS.get(cell.limit, cell.limit)} missing"
+    needs = f" {_gib(cell.required_bytes)} of {_gib(cell.budget_bytes)} GiB{limit}\n"
+    return Text.assemble(verdict, needs, (describe_briefly(cell.strategy), "bright_black"))
+
+
+def _render_headroom(outcome: Outcome) -> Text:
+    """What is left; where something else than the device's memory is missing, its name too."""
+    limit = "" if outcome.limit == "device" else f" {LIMIT_WORDS.get(outcome.limit, outcome.limit)}"
+    return Text(f"{_gib(outcome.headroom_bytes)}{limit}", style="green" if outcome.fits else "red")
+
+
+def _make_table(*heads: str, title: str | None = None, columns: Sequence[str] = ()) -> Table:
+    """GiB to the right; names and words fold."""
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for head in (*heads, *columns):
+        is_size = head in ("GiB", "needs", "to spare")
+        table.add_column(Text(head), justify="right" if is_size else "left", no_wrap=is_size, overflow="fold")
+    return table
+
+
+def _print_estimator(outcomes: Sequence[Outcome], console: Console, sequence_length: int | None) -> None:
+    """What the figures come from, and for rows of which length."""
+    names = dict.fromkeys(ESTIMATOR_WORDS.get(one.estimator, one.estimator) for one in outcomes)
+    rows = "data.max_length" if sequence_length is None else f"{sequence_length:,}"
+    if names:
+        console.print(Text(f"GiB, margin included; estimated by {' and '.join(names)} for rows of {rows} tokens"))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

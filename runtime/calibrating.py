@@ -1,0 +1,124 @@
+"""`fitune calibrate`: finished runs of this machine become its device constants; on a GPU it can make such runs itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..recipes.errors import DeviceError, FituneError, RunError
+from ..recipes.units import format_bytes
+from .calibration import Calibration, Lesson, Stack, calibration_path, load_calibration, make_lesson, save_lessons
+from .devices import explain_torch_without_cuda, name_cpu_device, probe_gpus, probe_training_device
+from .host import probe_cpu
+from .report import load_report
+from .versions import find_versions
+
+MEASURED_METHODS = ("full", "lora", "qlora")
+"""Of the runs that `--measure` makes: between them they load every kernel that a step uses."""
+MEASURED_SETTINGS = {
+    "budget.memory": "8GiB",
+    "data.max_length": "128",
+    "train.max_steps": "4",
+    "train.optimizer": "adamw",
+}
+"""What they change in the recipe quickstart: short runs, without managed memory."""
+
+
+def learn_from_runs(runs: Sequence[Path]) -> tuple[Calibration, list[FituneError]]:
+    """Adds finished runs of this machine to the calibration in the cache; and why the others were not added."""
+    here = probe_stacks()
+    lessons: dict[Stack, list[Lesson]] = {}
+    refused: list[FituneError] = []
+    for run in runs:
+        try:
+            stack, lesson = _read_lesson(run, here)
+        except FituneError as error:
+            refused.append(error)
+        else:
+            lessons.setdefault(stack, []).append(lesson)
+    for stack, learnt in lessons.items():
+        save_lessons(stack, learnt)
+    return load_calibration(), refused
+
+
+def measure_gpu() -> Calibration:
+    """Runs the embedded model with every method on the first visible GPU, and learns from the reports.
+
+    Raises DeviceError without a GPU that torch can use, RunError where a run fails.
+    """
+    here = probe_gpus()
+    if not here.visible:
+        raise DeviceError(
+            f"calibrate --measure: runs on a GPU, and there is none ({here.why_none}): on a CPU give the directories of "
+            "finished runs"
+        )
+    if probe_training_device() == "cpu":
+        raise DeviceError(explain_torch_without_cuda(here))
+    with tempfile.TemporaryDirectory() as folder:
+        calibration, refused = learn_from_runs(list(run_measuring_set(Path(folder))))
+    if refused:
+        raise refused[0]
+    return calibration
+
+
+def run_measuring_set(folder: Path, methods: Iterable[str] = MEASURED_METHODS) -> Iterator[Path]:
+    """One short run of each method; their directories below `folder`.
+
+    Each is a process of its own: what CUDA's context holds once is not given back before the process ends.
+    """
+    for method in methods:
+        run = folder / method
+        settings = {**MEASURED_SETTINGS, "method.kind": method, "output.dir": str(run)}
+        overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        command = [sys.executable, "-m", "fitune.runtime.cli", "run", "quickstart", *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode != 0:
+            last = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RunError(f"calibrate --measure: the run of {method} failed: {last[-1].removeprefix('error: ')}")
+        yield run
+
+
+def probe_stacks() -> tuple[Stack, ...]:
+    """Every device of this machine that a run can use, with the installed versions."""
+    here, versions = probe_gpus(), find_versions()
+    names = [(gpu.name, here.driver) for gpu in here.visible]
+    names.append((name_cpu_device(probe_cpu()), None))
+    return tuple(dict.fromkeys(Stack.of(name, driver, versions) for name, driver in names))
+
+
+def render_calibration(calibration: Calibration, console: Console, *, here: Sequence[Stack]) -> None:
+    """Print what was learnt, device by device, and which of it holds on this machine."""
+    table = Table(title=f"Memory beside the tensors, in {calibration_path()}", title_justify="left", box=None)
+    for name in ("device", "driver", "torch", "bitsandbytes", "takes", "learnt from", "holds here"):
+        table.add_column(name, overflow="fold")
+    for known in calibration.devices:
+        stack, constant = known.stack, known.make_constant()
+        words = (stack.device, stack.driver, stack.torch, stack.bitsandbytes, format_bytes(constant.bytes))
+        cells = (*words, constant.source, "yes" if stack in here else "no")
+        table.add_row(*(Text(cell or "-") for cell in cells))
+    console.print(table if calibration.devices else f"nothing learnt yet: {calibration_path()} is not there")
+
+
+def _read_lesson(run: Path, here: Sequence[Stack]) -> tuple[Stack, Lesson]:
+    """What a run directory teaches, and of which of this machine's devices."""
+    plan, report = load_report(run)
+    device = plan.device
+    if device.kind == "cuda" and device.driver is None:
+        raise RunError(
+            f"{run}: planned for the catalog's {device.name}, so the report does not say which card it ran on: run it "
+            "without budget.gpu"
+        )
+    stack = Stack.of(device.name, device.driver, report.versions)
+    if stack not in here:
+        raise RunError(
+            f"{run}: ran on {stack}; this machine has {' and '.join(map(str, here))}: a constant holds for the device "
+            "and the versions that it was measured with"
+        )
+    return stack, make_lesson(run, plan, report)
