@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fitune.recipes import make_schema
 from rich.console import Console
+
+from fitune.recipes import make_schema
 
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "recipes"
@@ -27,8 +28,9 @@ def make_recipe_reference() -> str:
     lines = [
         "# The recipe",
         "",
-        "TOML; relative paths are relative to the recipe's folder. `fitune schema` prints the JSON schema, `fitune init`",
-        'writes a commented recipe. `"auto"` is the planner\'s to decide. This page is made by `python docs/generate.py recipe`.',
+        "TOML; relative paths are relative to the recipe's folder. `fitune schema` prints the JSON schema, `fitune",
+        'init` writes a commented recipe. `"auto"` is the planner\'s to decide. This page is made by',
+        "`python docs/generate.py recipe`.",
     ]
     for name, node in schema["properties"].items():
         table = _follow(schema, node)

@@ -13,6 +13,12 @@ from .strategy import DTYPE_BYTES, Strategy
 
 CHUNK_ROWS = 1024
 """Tokens whose logits exist at one time under the chunked loss head."""
+OFFLOAD_BLOCK_BYTES = 2**20
+"""Offloaded activations lie in the host's memory in blocks of this size."""
+TENSORS_PER_LAYER = 64
+"""At least what a layer without checkpointing offloads (28 to 50 tensors in seven rehearsed models)."""
+TENSORS_BESIDE = 8
+"""The same outside of the layers: the positions' sines and cosines, a mask, the final norm's input and output."""
 FP32 = 4
 MLP_ENDS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2")
 """Names of the linear layers that end an MLP, whose input a forward keeps anyway."""
@@ -171,6 +177,21 @@ def _dropout_bytes(step: StepShape) -> int:
 def estimate_checkpoint_bytes(step: StepShape) -> int:
     """A checkpointed layer keeps its input: wTH, 4TH where the residual stream is fp32."""
     return step.residual_bytes * step.tokens * step.shape.hidden_size
+
+
+def estimate_kept_bytes(step: StepShape) -> int:
+    """What a forward keeps for backward, from the embedding to the final norm: each layer, or its checkpoint."""
+    shape = step.shape
+    if step.strategy.gradient_checkpointing:
+        return shape.layers * estimate_checkpoint_bytes(step) + estimate_final_bytes(step)
+    return sum(block.repeats * estimate_layer_bytes(step, block) for block in shape.blocks) + estimate_final_bytes(step)
+
+
+def estimate_offload_bytes(step: StepShape) -> int:
+    """Host memory of offloaded activations: what is kept, and the rest of each tensor's last block."""
+    per_layer = 1 if step.strategy.gradient_checkpointing else TENSORS_PER_LAYER
+    tensors = step.shape.layers * per_layer + TENSORS_BESIDE
+    return estimate_kept_bytes(step) + tensors * OFFLOAD_BLOCK_BYTES
 
 
 def estimate_recast_bytes(step: StepShape, block: BlockShape) -> tuple[int, int]:

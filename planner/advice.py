@@ -18,6 +18,7 @@ from .versions import list_version_warnings
 
 SHORTEST_USEFUL_TOKENS = 64
 SAVING_KEYS = ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
+GPU_KEYS = ("activation_offload", "expandable_segments")
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
 
@@ -51,6 +52,8 @@ def list_warnings(
         )
     if device.kind == "cpu" and strategy.optimizer.startswith("paged_"):
         texts.append(f"train.optimizer = {strategy.optimizer!r}: paged optimizers run unpaged on a CPU")
+    if device.kind == "cpu":
+        texts += [f"train.{key} = true: it has no effect on a CPU" for key in GPU_KEYS if getattr(strategy, key)]
     if strategy.attention != recipe.model.attention:
         texts.append(f'model.attention = "{recipe.model.attention}": {shape.model_type} runs with eager attention only')
     if recipe.budget.gpus > 1:
@@ -139,7 +142,7 @@ def _advise_device(device: Device, strategy: Strategy, required_bytes: int) -> l
         return []
     able = [gpu for gpu in list_gpus() if gpu.bf16 or strategy.compute_dtype != "bf16"]
     card = min(
-        (gpu for gpu in able if gpu.memory_bytes >= required_bytes), key=lambda gpu: gpu.memory_bytes, default=None
+        (gpu for gpu in able if gpu.usable_bytes >= required_bytes), key=lambda gpu: gpu.memory_bytes, default=None
     )
     return [] if card is None else [f'a card with {needed} would fit it: budget.gpu = "{card.name}"']
 

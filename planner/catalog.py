@@ -16,6 +16,7 @@ from ..recipes.schema import BudgetTable
 from ..recipes.units import MiB
 from .strategy import Device, Value
 
+DRIVER_SHARE = 0.02
 _DATA = Path(__file__).parent / "data"
 
 
@@ -66,6 +67,12 @@ class CatalogGpu(Value):
     source: str
 
     @property
+    def usable_bytes(self) -> int:
+        """What a process can have at most: the driver keeps 0.6 to 1.7 % of the named memory (H100, A100, RTX 4090, RTX
+        3090, T4), here 2 %."""
+        return int(self.memory_bytes * (1 - DRIVER_SHARE))
+
+    @property
     def memory_bytes(self) -> int:
         return self.memory_mib * MiB
 
@@ -107,7 +114,7 @@ def make_catalog_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
         name=gpu.name,
         kind="cuda",
         memory_bytes=gpu.memory_bytes,
-        budget_bytes=budget.memory_bytes or gpu.memory_bytes,
+        budget_bytes=budget.memory_bytes or gpu.usable_bytes,
         bf16=gpu.bf16,
         gpus=budget.gpus,
         host_memory_bytes=budget.host_memory_bytes,

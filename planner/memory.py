@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from .strategy import Value
 
+Estimator = Literal["rehearsal", "closed_forms"]
 PHASES = ("load", "forward", "backward", "clip", "optimizer", "evaluate", "save", "merge")
 
 
@@ -64,6 +67,7 @@ class Memory(Value):
     peak_phase:           the phase of peak_allocated_bytes
     components:           what is live at the peak; they add up to peak_allocated_bytes
     phases:               each phase's own peak, in the order of a run
+    estimator:            what these figures come from: a rehearsal of the step, or closed forms
     """
 
     peak_allocated_bytes: int = Field(ge=0)
@@ -77,3 +81,4 @@ class Memory(Value):
     peak_phase: str
     components: Components
     phases: tuple[Phase, ...]
+    estimator: Estimator = "closed_forms"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,10 +15,10 @@ from ..recipes.load import RecipeFile
 from ..recipes.schema import Recipe
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
-from .candidates import list_methods, list_strategies, order_key
 from .estimate import estimate_memory
-from .memory import Memory
+from .memory import Estimator, Memory
 from .reasons import describe_rejection, find_largest_term
+from .search import Candidate, Found, Measure, list_budgets, search, walk_strategies
 from .shape import ModelShape
 from .strategy import DataFacts, Device, Strategy, Value
 
@@ -88,7 +88,7 @@ class Plan(Value):
     fits:            whether required_bytes and the budgets of RAM and disk are kept
     warnings, advice: for people
     strategy:        how to train; where nothing fits, the candidate that comes closest
-    estimator:       closed_forms
+    estimator:       what memory comes from: a rehearsal of the step, or closed_forms
     rejected:        every candidate that was preferred to the chosen one and does not fit
     versions:        of the libraries it was made with
     """
@@ -107,16 +107,9 @@ class Plan(Value):
     strategy: Strategy
     parameters: Parameters
     memory: Memory
-    estimator: Literal["closed_forms"] = "closed_forms"
+    estimator: Estimator = "closed_forms"
     rejected: tuple[Rejected, ...]
     versions: dict[str, str]
-
-
-class Measure(Protocol):
-    """Predicts the memory of a strategy; closed forms or, from the runtime, a rehearsal of the step."""
-
-    def __call__(self, strategy: Strategy) -> Memory:
-        """The memory of a run of `strategy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,46 +136,19 @@ class PlanInputs:
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    strategy: Strategy
-    memory: Memory
-    shortfall_bytes: int
-
-
-def make_plan(inputs: PlanInputs, measure: Measure | None = None) -> Plan:
+def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reasons: bool = True) -> Plan:
     """The fastest plan of the first preferred method that fits; where none fits, the candidate that comes closest.
+
+    with_reasons: whether `rejected` and `advice` are made too, which takes longer than the choice itself
 
     Raises PlanError for a recipe that no strategy can follow, such as fp16 weights on a CPU.
     """
     recipe, device, shape = inputs.recipe_file.recipe, inputs.device, inputs.shape
     _check_length(recipe, shape)
     length = inputs.data.longest_row_tokens
-    measure = measure or make_closed_form_measure(shape, device, length, merge=recipe.output.merge)
-    rejected: list[_Candidate] = []
-    chosen: _Candidate | None = None
-    for strategy in _walk(recipe, device, shape, length):
-        memory = measure(strategy)
-        candidate = _Candidate(strategy=strategy, memory=memory, shortfall_bytes=_shortfall(memory, device))
-        if candidate.shortfall_bytes <= 0:
-            chosen = candidate
-            break
-        rejected.append(candidate)
-    closest = chosen or min(rejected, key=lambda one: (one.shortfall_bytes, one.memory.required_bytes))
-    return _write_plan(inputs, closest, rejected, fits=chosen is not None)
-
-
-def _walk(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> Iterable[Strategy]:
-    """All candidates: methods in the recipe's order, fastest first within each."""
-    problems = []
-    for method in list_methods(recipe):
-        try:
-            strategies = list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa)
-            yield from sorted(strategies, key=lambda one: order_key(one, device, length))
-        except PlanError as error:
-            problems.append(error)
-    if len(problems) == len(list_methods(recipe)):
-        raise problems[0]
+    quick = make_closed_form_measure(shape, device, length, merge=recipe.output.merge)
+    found = search(walk_strategies(recipe, device, shape, length), device, quick=quick, exact=measure)
+    return _write_plan(inputs, found, with_reasons=with_reasons)
 
 
 def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length: int, *, merge: bool) -> Measure:
@@ -204,33 +170,24 @@ def _check_length(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def _shortfall(memory: Memory, device: Device) -> int:
-    """Bytes by which the worst of the budgets is missed; 0 or less where all are kept."""
-    return max(needed - budget for needed, budget in list_budgets(memory, device).values())
-
-
-def list_budgets(memory: Memory, device: Device) -> dict[str, tuple[int, int]]:
-    """(needed, budget) in bytes of each memory that is limited: the device's, and RAM and disk where known."""
-    budgets = {"device": (memory.required_bytes, memory.budget_bytes)}
-    if device.host_memory_bytes is not None and device.kind == "cuda":
-        budgets["host"] = (memory.host_bytes, device.host_memory_bytes)
-    if device.disk_bytes is not None:
-        budgets["disk"] = (memory.disk_bytes, device.disk_bytes)
-    return budgets
-
-
-def _write_plan(inputs: PlanInputs, closest: _Candidate, rejected: list[_Candidate], *, fits: bool) -> Plan:
-    recipe_file, shape, strategy = inputs.recipe_file, inputs.shape, closest.strategy
-    recipe, data = recipe_file.recipe, inputs.data
-    losers = tuple(_reject(one, inputs) for one in rejected)
+def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan:
+    recipe_file, shape, strategy = inputs.recipe_file, inputs.shape, found.closest.strategy
+    recipe, data, memory = recipe_file.recipe, inputs.data, found.closest.memory
+    losers = tuple(_reject(one, inputs) for one in found.rejected) if with_reasons else ()
+    advice: tuple[str, ...] = ()
+    if with_reasons and not found.fits:
+        advice = list_advice(recipe, inputs.device, shape, strategy, memory, data)
+    warnings = list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions)
+    if found.failure is not None:
+        warnings = (*warnings, f"planned with closed forms, because the step could not be rehearsed: {found.failure}")
     return Plan(
         recipe=inputs.recipe_path,
         overrides=inputs.overrides,
         resolved_recipe=recipe_file.resolved,
         recipe_sha256=recipe_file.sha256,
-        fits=fits,
-        warnings=list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions),
-        advice=() if fits else list_advice(recipe, inputs.device, shape, strategy, closest.memory, data),
+        fits=found.fits,
+        warnings=warnings,
+        advice=advice,
         device=inputs.device,
         model=PlannedModel(id=recipe.model.id, model_type=shape.model_type, config_sha256=inputs.config_sha256),
         data=PlannedData(
@@ -241,7 +198,8 @@ def _write_plan(inputs: PlanInputs, closest: _Candidate, rejected: list[_Candida
         ),
         strategy=strategy,
         parameters=Parameters(total=shape.parameters, trainable=count_trainable(shape, strategy)),
-        memory=closest.memory,
+        memory=memory,
+        estimator=memory.estimator,
         rejected=losers,
         versions=dict(inputs.versions),
     )
@@ -255,7 +213,7 @@ def count_planned_steps(recipe: Recipe, rows: int | None) -> int | None:
     return None if rows is None else recipe.train.epochs * ceil(rows / recipe.train.global_batch_size)
 
 
-def _reject(candidate: _Candidate, inputs: PlanInputs) -> Rejected:
+def _reject(candidate: Candidate, inputs: PlanInputs) -> Rejected:
     budgets = list_budgets(candidate.memory, inputs.device)
     broken = max(budgets, key=lambda name: budgets[name][0] - budgets[name][1])
     needed, budget = budgets[broken]

@@ -25,6 +25,7 @@ def describe_strategy(strategy: Strategy) -> str:
     parts = [METHOD_NAMES[strategy.method]]
     parts.append("NF4 weights" if strategy.method == "qlora" else f"{strategy.weights_dtype} weights")
     parts.append("checkpointing" if strategy.gradient_checkpointing else "no checkpointing")
+    parts += ["offload"] if strategy.activation_offload else []
     parts.append(f"{strategy.loss_head} head")
     parts.append(OPTIMIZER_NAMES[strategy.optimizer])
     parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
@@ -57,7 +58,9 @@ def describe_rejection(
     """Such as `needs 31.2 GiB, 22.8 GiB in the budget: the logits of 4 x 4,096 tokens alone are 7.8 GiB`."""
     head = f"needs {format_bytes(needed_bytes)}, {format_bytes(budget_bytes)} {DEVICE_WORDS[broken]}"
     if broken != "device":
-        return f"{head}: " + ("the process beside the device" if broken == "host" else "the files that it writes")
+        offloaded = " and the offloaded activations" if strategy.activation_offload else ""
+        beside = f"the process beside the device{offloaded}"
+        return f"{head}: " + (beside if broken == "host" else "the files that it writes")
     return f"{head}: {describe_component(strategy, memory, shape, component, sequence_length)}"
 
 

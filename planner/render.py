@@ -103,8 +103,11 @@ def _describe_weights(plan: Plan) -> str:
 def _describe_savings(plan: Plan) -> str:
     strategy = plan.strategy
     checkpointing = "every layer checkpointed" if strategy.gradient_checkpointing else "no checkpointing"
+    offloaded = ", activations in RAM" if strategy.activation_offload else ""
     compiled = ", compiled layers" if strategy.compile else ""
-    return f"{checkpointing}, {strategy.loss_head} loss head{compiled}, {strategy.attention} attention"
+    expandable = ", expandable segments" if strategy.expandable_segments else ""
+    head, attention = f"{strategy.loss_head} loss head", f"{strategy.attention} attention"
+    return f"{checkpointing}{offloaded}, {head}{compiled}, {attention}{expandable}"
 
 
 def _render_memory(plan: Plan, *, bar: str) -> RenderableType:

@@ -19,28 +19,41 @@ ESTIMATOR_WORDS = {"closed_forms": "closed forms"}
 LIMIT_WORDS = {"host": "RAM", "disk": "disk"}
 
 
-def render_cards(cards: Sequence[Card | UnableCard], console: Console, *, sequence_length: int) -> None:
-    """Which cards can run the recipe, how and with what headroom; by how much the others miss."""
+def render_cards(
+    cards: Sequence[Card | UnableCard], console: Console, *, sequence_length: int, limit: str | None = None
+) -> None:
+    """Which cards can run the recipe, how and with what headroom; by how much the others miss.
+
+    limit: the recipe's `budget.memory`
+    """
     able = [card for card in cards if isinstance(card, Card)]
-    table = _make_table("card", "GiB", "how", "needs", "to spare")
+    console.print(_render_cards(able))
+    unable = [card for card in cards if isinstance(card, UnableCard)]
+    if unable:
+        names = ", ".join(card.gpu for card in unable)
+        console.print(Text.assemble(("cannot follow the recipe: ", "red"), f"{names}: {unable[0].error}"))
+    console.print(Text(f"{sum(card.fits for card in able)} of {len(cards)} cards can run it"))
+    if limit is not None:
+        console.print(Text(f"of each card at most budget.memory = {limit} is used"))
+    _print_estimator(able, console, sequence_length)
+
+
+def _render_cards(cards: Sequence[Card]) -> Table:
+    """A line a card; where nothing fits, the candidate that comes closest."""
+    table = _make_table("card", "to use", "method", "checkpointed", "rows", "optimizer", "needs", "to spare")
     for card in cards:
-        if isinstance(card, UnableCard):
-            table.add_row(card.gpu, _gib(card.memory_bytes), Text(card.error, style="red"), "", "")
-            continue
+        strategy = card.strategy
         table.add_row(
             card.gpu,
             _gib(card.budget_bytes),
-            describe_briefly(card.strategy),
+            _describe_method(strategy),
+            "yes" if strategy.gradient_checkpointing else "no",
+            f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}",
+            OPTIMIZER_NAMES[strategy.optimizer],
             _gib(card.required_bytes),
             _render_headroom(card),
         )
-    console.print(table)
-    fitting = sum(card.fits for card in able)
-    console.print(Text(f"{fitting} of {len(cards)} cards can run it; the others would need what is missing in red"))
-    if any(card.budget_bytes < card.memory_bytes for card in able):
-        most = format_bytes(max(card.budget_bytes for card in able))
-        console.print(Text(f"of each card at most {most} is used: budget.memory says so"))
-    _print_estimator(able, console, sequence_length)
+    return table
 
 
 def render_grid(axes: Sequence[Axis], cells: Sequence[Cell | FailedCell], console: Console) -> None:
@@ -77,14 +90,17 @@ def render_what_fits(found: WhatFits, console: Console, *, sequence_length: int)
 
 def describe_briefly(strategy: Strategy) -> str:
     """Such as `LoRA, checkpointed, 4 x 4 rows, AdamW`."""
-    parts = [METHOD_WORDS[strategy.method]]
-    if strategy.method == "full":
-        parts[0] += f" in {strategy.weights_dtype}"
+    parts = [_describe_method(strategy)]
     parts += ["checkpointed"] if strategy.gradient_checkpointing else []
     parts += ["chunked head"] if strategy.loss_head == "chunked" else []
     parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
     parts.append(OPTIMIZER_NAMES[strategy.optimizer])
     return ", ".join(parts)
+
+
+def _describe_method(strategy: Strategy) -> str:
+    """`QLoRA`, or `full fp32`: full fine-tuning differs in its weights' dtype."""
+    return METHOD_WORDS[strategy.method] + (f" {strategy.weights_dtype}" if strategy.method == "full" else "")
 
 
 def _describe_longest(longest: LongestRows | None) -> Iterator[RenderableType]:
@@ -118,16 +134,17 @@ def _render_cell(cell: Cell | FailedCell) -> Text:
 
 
 def _render_headroom(outcome: Outcome) -> Text:
-    """What is left; where something else than the device's memory is missing, its name too."""
+    """What is left, rounded down; where something else than the device's memory is missing, its name too."""
     limit = "" if outcome.limit == "device" else f" {LIMIT_WORDS.get(outcome.limit, outcome.limit)}"
-    return Text(f"{_gib(outcome.headroom_bytes)}{limit}", style="green" if outcome.fits else "red")
+    hundredths = outcome.headroom_bytes * 100 // 2**30
+    return Text(f"{hundredths / 100:.2f}{limit}", style="green" if outcome.fits else "red")
 
 
 def _make_table(*heads: str, title: str | None = None, columns: Sequence[str] = ()) -> Table:
     """GiB to the right; names and words fold."""
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for head in (*heads, *columns):
-        is_size = head in ("GiB", "needs", "to spare")
+        is_size = head in ("to use", "needs", "to spare")
         table.add_column(Text(head), justify="right" if is_size else "left", no_wrap=is_size, overflow="fold")
     return table
 

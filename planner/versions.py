@@ -13,7 +13,7 @@ TESTED: dict[str, tuple[Release, ...]] = {
     "peft": ((0, 21),),
     "bitsandbytes": ((0, 50),),
 }
-"""Major and minor versions: those of constraints.txt, and torch 2.11, with which the steps in tests/data were measured."""
+"""Major and minor versions: those of constraints.txt, and of torch also the one that measured tests/data."""
 KNOWN_CHANGES: dict[str, tuple[tuple[Release, str], ...]] = {
     "transformers": (((5, 0), "a weight is loaded in full precision before it is quantised"),),
 }

@@ -16,8 +16,9 @@ from pydantic import Field
 from ..recipes.errors import FituneError, Problem, RecipeError
 from ..recipes.schema import BudgetTable
 from .catalog import CatalogGpu, list_gpus, list_models, make_catalog_device
-from .plan import Measure, Plan, PlanInputs, list_budgets, make_plan
-from .shape import make_shape
+from .plan import Plan, PlanInputs, make_plan
+from .search import Measure, list_budgets
+from .shape import ModelShape, make_shape
 from .strategy import Device, Strategy, Value
 
 MeasureFactory = Callable[[Device, int], Measure]
@@ -148,9 +149,9 @@ def make_cards(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -
 
 
 def make_card_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
-    """A card as the device of a plan: its memory, or less where `budget.memory` is less."""
+    """A card as the device of a plan: what can be used of its memory, or `budget.memory` where that is less."""
     device = make_catalog_device(gpu, budget)
-    return device.model_copy(update={"budget_bytes": min(device.budget_bytes, gpu.memory_bytes)})
+    return device.model_copy(update={"budget_bytes": min(device.budget_bytes, gpu.usable_bytes)})
 
 
 def _make_card(gpu: CatalogGpu, inputs: PlanInputs, make_measure: MeasureFactory | None) -> Card | UnableCard:
@@ -166,13 +167,15 @@ def parse_axes(words: Sequence[str]) -> tuple[Axis, ...]:
 
     A comma within quotes or brackets does not separate values.
     """
-    axes, problems = [], []
+    axes: list[Axis] = []
+    problems = []
     for word in words:
         key, equals, written = (part.strip() for part in word.partition("="))
         values = tuple(value.strip() for value in _split_values(written))
         problem = partial(Problem, where=f"--sweep {word if word.isprintable() else ascii(word)}")
         if not equals or key.count(".") != 1 or not all(key.split(".")):
-            problems.append(problem(what="is not of the form table.key=value,value, such as train.micro_batch_size=1,2"))
+            form = "table.key=value,value, such as train.micro_batch_size=1,2"
+            problems.append(problem(what=f"is not of the form {form}"))
         elif not all(values):
             problems.append(problem(what="has an empty value", hint="write the values with one comma between them"))
         elif len(set(values)) < len(values):
@@ -231,7 +234,8 @@ def find_what_fits(inputs: PlanInputs, make_measure: MeasureFactory | None = Non
 
 def find_longest_rows(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -> LongestRows | None:
     """By bisection over the multiples of 64 up to what the model was made for; memory grows with the length."""
-    most = (inputs.shape.max_positions or LONGEST_LENGTH) // LENGTH_STEP
+    made_for = inputs.shape.max_positions
+    most = (made_for or LONGEST_LENGTH) // LENGTH_STEP
     low, high, found = 0, most, None
     while low < high:
         middle = (low + high + 1) // 2
@@ -242,17 +246,21 @@ def find_longest_rows(inputs: PlanInputs, make_measure: MeasureFactory | None = 
             high = middle - 1
     if found is None:
         return None
-    return LongestRows(sequence_length=low * LENGTH_STEP, is_model_limit=inputs.shape.max_positions is not None and low == most, **_sum_up(found))
+    at_limit = made_for is not None and low == most
+    return LongestRows(sequence_length=low * LENGTH_STEP, is_model_limit=at_limit, **_sum_up(found))
 
 
 def find_largest_model(inputs: PlanInputs) -> LargestModel | None:
     """The catalog's model of most parameters that can be trained on rows of this length and fits."""
+    length = inputs.data.longest_row_tokens
     for model in sorted(list_models(), key=lambda one: one.parameters, reverse=True):
         shape = make_shape(model.config)
-        if shape.max_positions is not None and shape.max_positions < inputs.data.longest_row_tokens:
+        if shape.max_positions is not None and shape.max_positions < length:
+            continue
+        if _estimate_least_weight_bytes(shape) > inputs.device.budget_bytes:
             continue
         try:
-            plan = make_plan(replace(inputs, shape=shape))
+            plan = make_plan(replace(inputs, shape=shape), with_reasons=False)
         except FituneError:  # it has no such target, or no such attention
             continue
         if plan.fits:
@@ -260,9 +268,14 @@ def find_largest_model(inputs: PlanInputs) -> LargestModel | None:
     return None
 
 
+def _estimate_least_weight_bytes(shape: ModelShape) -> int:
+    """Every parameter in 4 bits, which no method undercuts: spares the plans of models that are far too large."""
+    return shape.parameters // 2
+
+
 def _plan(inputs: PlanInputs, make_measure: MeasureFactory | None) -> Plan:
     measure = None if make_measure is None else make_measure(inputs.device, inputs.data.longest_row_tokens)
-    return make_plan(inputs, measure)
+    return make_plan(inputs, measure, with_reasons=False)
 
 
 def _with_length(inputs: PlanInputs, length: int) -> PlanInputs:

@@ -244,7 +244,7 @@ class TrainTable(Table):
     activation_offload: bool = False
     """Whether what the layers keep for backward waits in host memory; on a GPU only."""
     expandable_segments: bool = False
-    """Whether segments of CUDA's caching allocator grow, so that hardly anything is reserved and unused."""
+    """Whether segments of CUDA's caching allocator can grow; as a rule less is then reserved and unused."""
     eval_every: Count | None = None
     """Steps between evaluations; unset: at the start and the end."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0

@@ -6,7 +6,7 @@ import torch
 
 
 def use_expandable_segments() -> None:
-    """Let the allocator's segments grow, which leaves hardly anything reserved and unused; other settings stay.
+    """Let the allocator's segments grow, so that as a rule less is reserved and unused; other settings stay.
 
     Has to come before the first allocation on a GPU. Not tested on one yet.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf

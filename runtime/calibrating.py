@@ -1,4 +1,4 @@
-"""`fitune calibrate`: finished runs of this machine become its device constants; on a GPU it can make such runs itself."""
+"""`fitune calibrate`: finished runs become the constants of this machine's devices; on a GPU it can make such runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ..recipes.errors import DeviceError, FituneError, RunError
 from ..recipes.units import format_bytes
-from .calibration import Calibration, Lesson, Stack, calibration_path, load_calibration, make_lesson, save_lessons
+from .calibration import Calibration, RunConstant, Stack, calibration_path, make_run_constant, save_run_constants
 from .devices import explain_torch_without_cuda, name_cpu_device, probe_gpus, probe_training_device
 from .host import probe_cpu
 from .report import load_report
@@ -23,7 +22,8 @@ from .versions import find_versions
 MEASURED_METHODS = ("full", "lora", "qlora")
 """Of the runs that `--measure` makes: between them they load every kernel that a step uses."""
 MEASURED_SETTINGS = {
-    "budget.memory": "8GiB",
+    "budget.memory": "6GiB",
+    "data.eval": "0.01",
     "data.max_length": "128",
     "train.max_steps": "4",
     "train.optimizer": "adamw",
@@ -31,41 +31,40 @@ MEASURED_SETTINGS = {
 """What they change in the recipe quickstart: short runs, without managed memory."""
 
 
-def learn_from_runs(runs: Sequence[Path]) -> tuple[Calibration, list[FituneError]]:
-    """Adds finished runs of this machine to the calibration in the cache; and why the others were not added."""
+def calibrate_runs(runs: Sequence[Path]) -> list[FituneError]:
+    """Add finished runs of this machine to the calibration in the cache; returns why the others were not added."""
     here = probe_stacks()
-    lessons: dict[Stack, list[Lesson]] = {}
+    found: dict[Stack, list[RunConstant]] = {}
     refused: list[FituneError] = []
     for run in runs:
         try:
-            stack, lesson = _read_lesson(run, here)
+            stack, constant = _read_run_constant(run, here)
         except FituneError as error:
             refused.append(error)
         else:
-            lessons.setdefault(stack, []).append(lesson)
-    for stack, learnt in lessons.items():
-        save_lessons(stack, learnt)
-    return load_calibration(), refused
+            found.setdefault(stack, []).append(constant)
+    for stack, constants in found.items():
+        save_run_constants(stack, constants)
+    return refused
 
 
-def measure_gpu() -> Calibration:
-    """Runs the embedded model with every method on the first visible GPU, and learns from the reports.
+def calibrate_gpu() -> None:
+    """Run the embedded model with every method on the first visible GPU, and add the runs to the calibration.
 
-    Raises DeviceError without a GPU that torch can use, RunError where a run fails.
+    Raises DeviceError without a GPU that torch can use, RunError where a run fails or tells nothing.
     """
     here = probe_gpus()
     if not here.visible:
         raise DeviceError(
-            f"calibrate --measure: runs on a GPU, and there is none ({here.why_none}): on a CPU give the directories of "
-            "finished runs"
+            f"calibrate --measure: it measures a GPU, and there is none ({here.why_none}): give the directories of "
+            "finished runs to calibrate this machine's CPU"
         )
     if probe_training_device() == "cpu":
         raise DeviceError(explain_torch_without_cuda(here))
     with tempfile.TemporaryDirectory() as folder:
-        calibration, refused = learn_from_runs(list(run_measuring_set(Path(folder))))
+        refused = calibrate_runs(list(run_measuring_set(Path(folder))))
     if refused:
         raise refused[0]
-    return calibration
 
 
 def run_measuring_set(folder: Path, methods: Iterable[str] = MEASURED_METHODS) -> Iterator[Path]:
@@ -94,19 +93,18 @@ def probe_stacks() -> tuple[Stack, ...]:
 
 
 def render_calibration(calibration: Calibration, console: Console, *, here: Sequence[Stack]) -> None:
-    """Print what was learnt, device by device, and which of it holds on this machine."""
-    table = Table(title=f"Memory beside the tensors, in {calibration_path()}", title_justify="left", box=None)
-    for name in ("device", "driver", "torch", "bitsandbytes", "takes", "learnt from", "holds here"):
-        table.add_column(name, overflow="fold")
+    """Print what was learnt, device by device, and which of it plans on this machine use."""
+    if not calibration.devices:
+        console.print(Text(f"nothing learnt yet: {calibration_path()} holds no device"), soft_wrap=True)
     for known in calibration.devices:
-        stack, constant = known.stack, known.make_constant()
-        words = (stack.device, stack.driver, stack.torch, stack.bitsandbytes, format_bytes(constant.bytes))
-        cells = (*words, constant.source, "yes" if stack in here else "no")
-        table.add_row(*(Text(cell or "-") for cell in cells))
-    console.print(table if calibration.devices else f"nothing learnt yet: {calibration_path()} is not there")
+        constant = known.make_constant()
+        console.print(Text(str(known.stack), style="bold"), soft_wrap=True)
+        console.print(Text(f"  {format_bytes(constant.bytes)} beside the tensors: {constant.source}"), soft_wrap=True)
+        used = "used by plans here" if known.stack in here else "not used: here are another device, driver or versions"
+        console.print(Text(f"  {used}"), soft_wrap=True)
 
 
-def _read_lesson(run: Path, here: Sequence[Stack]) -> tuple[Stack, Lesson]:
+def _read_run_constant(run: Path, here: Sequence[Stack]) -> tuple[Stack, RunConstant]:
     """What a run directory teaches, and of which of this machine's devices."""
     plan, report = load_report(run)
     device = plan.device
@@ -121,4 +119,4 @@ def _read_lesson(run: Path, here: Sequence[Stack]) -> tuple[Stack, Lesson]:
             f"{run}: ran on {stack}; this machine has {' and '.join(map(str, here))}: a constant holds for the device "
             "and the versions that it was measured with"
         )
-    return stack, make_lesson(run, plan, report)
+    return stack, make_run_constant(run, plan, report)

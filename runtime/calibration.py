@@ -14,6 +14,7 @@ from typing import Literal, Self
 from filelock import FileLock
 from pydantic import Field, ValidationError
 
+from ..planner.estimate import estimate_bitsandbytes_bytes
 from ..planner.plan import Plan
 from ..planner.strategy import DeviceConstant, Value
 from ..recipes.errors import PlanError, RunError
@@ -22,8 +23,8 @@ from .embedded import cache_folder
 from .report import RunReport
 from .rundir import write_whole
 
-MOST_CPU_TENSOR_BYTES = 2 * GiB
-"""Nothing tells a CPU's tensors from the process: in a larger run the prediction's error hides the constant."""
+MOST_CPU_TENSOR_BYTES = 4 * GiB
+"""Nothing tells a CPU's tensors from the process: in a larger run a percent of error would hide the constant."""
 BLINDING_EVENTS = {"monitor_failed", "gpu_lost"}
 """Events of the monitor after which a peak may have been missed."""
 
@@ -51,7 +52,7 @@ class Stack(Value):
         return f"{self.device}{driver}, torch {self.torch}, bitsandbytes {self.bitsandbytes}"
 
 
-class Lesson(Value):
+class RunConstant(Value):
     """One run's constant.
 
     run:               name of the run's directory
@@ -64,16 +65,16 @@ class Lesson(Value):
     beside_bytes: int = Field(gt=0)
 
 
-class DeviceLessons(Value):
+class DeviceCalibration(Value):
     """All that was learnt of a device, in the order of the runs."""
 
     stack: Stack
-    lessons: tuple[Lesson, ...] = Field(min_length=1)
+    runs: tuple[RunConstant, ...] = Field(min_length=1)
 
     def make_constant(self) -> DeviceConstant:
         """The median of the runs, of an even number the upper one, and where it comes from."""
-        sizes = [lesson.beside_bytes for lesson in self.lessons]
-        day = time.strftime("%Y-%m-%d", time.gmtime(self.lessons[-1].started_unix_time))
+        sizes = [run.beside_bytes for run in self.runs]
+        day = time.strftime("%Y-%m-%d", time.gmtime(self.runs[-1].started_unix_time))
         if len(sizes) == 1:
             source = f"1 run on this machine, {day}"
         else:
@@ -86,18 +87,18 @@ class Calibration(Value):
     """The document in the cache: what was learnt of every device."""
 
     format_version: Literal[1] = 1
-    devices: tuple[DeviceLessons, ...] = ()
+    devices: tuple[DeviceCalibration, ...] = ()
 
     def find_constant(self, stack: Stack) -> DeviceConstant | None:
         """What was learnt of exactly this device, driver and these versions; None where nothing was."""
         return next((known.make_constant() for known in self.devices if known.stack == stack), None)
 
-    def add(self, stack: Stack, lessons: Iterable[Lesson]) -> Calibration:
+    def add(self, stack: Stack, runs: Iterable[RunConstant]) -> Calibration:
         """With more runs of a device; a run that is known already counts once."""
-        known = {one.stack: one.lessons for one in self.devices}
-        runs = {one.started_unix_time: one for one in (*known.get(stack, ()), *lessons)}
-        known[stack] = tuple(runs[started] for started in sorted(runs))
-        return Calibration(devices=tuple(DeviceLessons(stack=one, lessons=known[one]) for one in known))
+        known = {one.stack: one.runs for one in self.devices}
+        by_start = {run.started_unix_time: run for run in (*known.get(stack, ()), *runs)}
+        known[stack] = tuple(by_start[started] for started in sorted(by_start))
+        return Calibration(devices=tuple(DeviceCalibration(stack=one, runs=known[one]) for one in known))
 
 
 def calibration_path() -> Path:
@@ -119,45 +120,60 @@ def load_calibration() -> Calibration:
         ) from error
 
 
-def save_lessons(stack: Stack, lessons: Iterable[Lesson]) -> Calibration:
+def save_run_constants(stack: Stack, runs: Iterable[RunConstant]) -> Calibration:
     """Add runs to the calibration in the cache, which is whole at every moment; the calibration after it."""
     path = calibration_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            calibration = load_calibration().add(stack, lessons)
+            calibration = load_calibration().add(stack, runs)
             write_whole(path, calibration.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
     return calibration
 
 
-def make_lesson(run: Path, plan: Plan, report: RunReport) -> Lesson:
-    """The memory beside the tensors of one run; RunError where its report does not tell it.
+def make_run_constant(run: Path, plan: Plan, report: RunReport) -> RunConstant:
+    """The memory beside the tensors in one run; RunError where its report does not tell it.
 
-    On a GPU all three are measured but the managed memory of paged optimizers, which follows from the parameters:
+    run: the run's directory
+
+    On a GPU everything is measured but the managed memory of paged optimizers, which follows from the parameters:
     peak of the device (NVML) - peak reserved by the allocator - managed.
-    On a CPU the tensors are the predicted ones: resident peak - predicted peak of live tensors.
+    On a CPU the tensors are the plan's, in the phase in which they follow from the parameters alone:
+    resident peak in `optimizer` - its live tensors - what bitsandbytes adds.
     """
     if report.status != "finished":
         raise RunError(f"{run}: the run is {report.status}: only a finished one has all of its peaks")
     missed = [event["message"] for event in report.events if event.get("kind") in BLINDING_EVENTS]
     if missed:
         raise RunError(f"{run}: its monitor missed something: {missed[0]}")
-    measured, predicted = report.measured, plan.memory
-    tensors = predicted.peak_allocated_bytes
-    if plan.device.kind == "cuda":
-        if measured.peak_reserved_bytes is None or measured.peak_device_bytes is None:
-            raise RunError(f"{run}: the GPU's memory was not measured")
-        tensors = measured.peak_reserved_bytes + predicted.managed_bytes
-    elif tensors > MOST_CPU_TENSOR_BYTES:
+    measure = _measure_gpu if plan.device.kind == "cuda" else _measure_cpu
+    device_bytes, tensor_bytes = measure(run, plan, report)
+    if device_bytes <= tensor_bytes:
+        found, tensors = format_bytes(device_bytes), format_bytes(tensor_bytes)
+        raise RunError(f"{run}: the measured {found} are not above the {tensors} of its tensors")
+    name = run.resolve().name.encode(errors="replace").decode()
+    return RunConstant(run=name, started_unix_time=report.started_unix_time, beside_bytes=device_bytes - tensor_bytes)
+
+
+def _measure_gpu(run: Path, plan: Plan, report: RunReport) -> tuple[int, int]:
+    """What the device held at its peak, and what of it the allocator and managed memory were."""
+    measured = report.measured
+    if measured.peak_reserved_bytes is None or measured.peak_device_bytes is None:
+        raise RunError(f"{run}: the GPU's memory was not measured")
+    return measured.peak_device_bytes, measured.peak_reserved_bytes + plan.memory.managed_bytes
+
+
+def _measure_cpu(run: Path, plan: Plan, report: RunReport) -> tuple[int, int]:
+    """What the process held while the optimizer worked, and what of it the tensors were."""
+    measured = [one.peak_device_bytes for one in report.measured.phases if one.name == "optimizer"]
+    planned = [one.peak_allocated_bytes for one in plan.memory.phases if one.name == "optimizer"]
+    if not measured or measured[0] is None or not planned:
+        raise RunError(f"{run}: the phase optimizer was not measured")
+    if planned[0] > MOST_CPU_TENSOR_BYTES:
         raise RunError(
-            f"{run}: {format_bytes(tensors)} of tensors hide what the process itself takes: calibrate with a run "
+            f"{run}: {format_bytes(planned[0])} of tensors hide what the process itself takes: calibrate with a run "
             f"of at most {format_bytes(MOST_CPU_TENSOR_BYTES)}"
         )
-    beside_bytes = (measured.peak_device_bytes or 0) - tensors
-    if beside_bytes <= 0:
-        found = format_bytes(measured.peak_device_bytes or 0)
-        raise RunError(f"{run}: the measured peak of {found} is not above its tensors' {format_bytes(tensors)}")
-    name = run.resolve().name.encode(errors="replace").decode()
-    return Lesson(run=name, started_unix_time=report.started_unix_time, beside_bytes=beside_bytes)
+    return measured[0], planned[0] + estimate_bitsandbytes_bytes(plan.device, plan.strategy)

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from ..planner.plan import Plan
 from ..recipes.errors import FituneError, RunError
+from ..recipes.schema import ModelTable
 from .build import load_base
-from .models import fetch_model
-from .planning import Job
+from .models import fetch_model, find_model_source
 from .quiet import quiet_libraries
 from .report import load_report
 from .step import autocast
@@ -51,19 +51,26 @@ class ChatModel:
         trust = bool(plan.resolved_recipe["model"].get("trust_remote_code"))
         if name == "model" and not self.use_base:
             return load_base(folder, plan.strategy, self.device, trust_remote_code=trust)
-        try:
-            source = Job(plan.recipe, plan.overrides).source
-            base_folder = fetch_model(source)
-        except FituneError as error:
-            raise RunError(f"the base model of this run cannot be found any more: {error}") from error
-        if source.config_sha256 != plan.model.config_sha256:
-            raise RunError(f"the base model of this run is no longer what {plan.recipe} names: {source.id} is another")
+        base_folder = self._find_base(plan)
         base = load_base(base_folder, plan.strategy, self.device, trust_remote_code=trust)
         if self.use_base:
             return base
         from peft import PeftModel
 
         return PeftModel.from_pretrained(base, str(folder))
+
+    def _find_base(self, plan: Plan) -> Path:
+        """The base model's folder; a path in the recipe is relative to the recipe's folder, as it was for the run."""
+        folder = Path(plan.recipe).parent
+        try:
+            table = ModelTable.model_validate(plan.resolved_recipe["model"])
+            source = find_model_source(table, lambda written: folder / Path(written).expanduser())
+            base_folder = fetch_model(source)
+        except (FituneError, ValueError) as error:
+            raise RunError(f"the base model of this run cannot be found any more: {error}") from error
+        if source.config_sha256 != plan.model.config_sha256:
+            raise RunError(f"the base model of this run is no longer what {plan.recipe} names: {source.id} is another")
+        return base_folder
 
     def stream(self, question: str, write: Any) -> str:
         """Answer `question`, calling `write` with each piece of text as it comes; returns the whole answer."""

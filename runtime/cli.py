@@ -68,7 +68,11 @@ def plan(
 ) -> None:
     """Show what a run would need: a dry run without weights and without a GPU."""
     if sweep or what_fits:
-        sys.exit(_show_view(recipes, overrides, sweep, as_json=as_json, what_fits=what_fits, output=output))
+        from .views import show_view
+
+        if output is not None or (sweep and what_fits):
+            raise click.UsageError("--sweep, --what-fits and -o exclude each other")
+        sys.exit(show_view(recipes, overrides, sweep, console, as_json=as_json))
     from ..planner.render import render_plan
     from .planning import Job
 
@@ -92,29 +96,6 @@ def plan(
             command = shlex.join(["fitune", "run", *([output] if output else [path, *settings])])
             render_plan(made, console, next_command=command if made.fits else None)
     sys.exit(EXIT_ERROR if EXIT_ERROR in codes else max(codes))
-
-
-def _show_view(
-    words: tuple[str, ...],
-    overrides: tuple[str, ...],
-    sweep: tuple[str, ...],
-    *,
-    as_json: bool,
-    what_fits: bool,
-    output: str | None,
-) -> int:
-    """One of the views over many plans. click gives --sweep one value: further axes arrive among the recipes."""
-    from .views import show_sweep, show_what_fits
-
-    axes = [word for word in words if sweep and "=" in word and not Path(word).exists()]
-    recipes = [word for word in words if word not in axes]
-    if len(recipes) != 1:
-        raise click.UsageError("--sweep and --what-fits take one recipe")
-    if output is not None or (sweep and what_fits):
-        raise click.UsageError("--sweep, --what-fits and -o exclude each other")
-    if what_fits:
-        return show_what_fits(recipes[0], overrides, console, as_json=as_json)
-    return show_sweep(recipes[0], overrides, [*sweep, *axes], console, as_json=as_json)
 
 
 @cli.command()
@@ -159,6 +140,27 @@ def report(run_dir: Path, as_json: bool) -> None:
         click.echo(make_report_json(made, found))
     else:
         render_report(made, found, console)
+
+
+@cli.command()
+@click.argument("run_dirs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN_DIR...]")
+@click.option("--measure", is_flag=True, help="Make some short runs on this machine's GPU, and learn from them.")
+@click.option("--show", is_flag=True, help="Show what is known, of every device.")
+def calibrate(run_dirs: tuple[Path, ...], measure: bool, show: bool) -> None:
+    """Learn from finished runs of this machine what its devices take beside the tensors; later plans use it."""
+    from .calibrating import calibrate_gpu, calibrate_runs, probe_stacks, render_calibration
+    from .calibration import load_calibration
+
+    if not (run_dirs or measure or show):
+        raise click.UsageError("give directories of finished runs, --measure or --show")
+    refused = calibrate_runs(run_dirs)
+    for error in refused:
+        _print_error(str(error))
+    if measure:
+        with console.status("measuring: three short runs"):
+            calibrate_gpu()
+    render_calibration(load_calibration(), console, here=probe_stacks())
+    sys.exit(EXIT_ERROR if refused else 0)
 
 
 @cli.command()

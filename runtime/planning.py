@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ..planner.catalog import find_gpu
 from ..planner.plan import Plan, PlanInputs, make_plan
+from ..planner.search import Measure
 from ..planner.shape import ModelShape, make_shape
 from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
@@ -103,7 +104,7 @@ class Job:
         missing = self._find_missing_data()
         if missing is not None:
             return DataFacts(longest_row_tokens=longest, source=f"{assumed}: {missing}")
-        if not has_local_tokenizer(self.source):
+        if "data" not in vars(self) and not has_local_tokenizer(self.source):
             why = "the model's tokenizer is not here yet"
             return DataFacts(rows=len(self.rows[0]), longest_row_tokens=longest, source=f"{assumed}: {why}")
         tokens = [self.data.train] + ([] if self.data.eval is None else [self.data.eval])
@@ -119,7 +120,23 @@ class Job:
 
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
-        return make_plan(self.find_inputs(quick=quick))
+        inputs = self.find_inputs(quick=quick)
+        return make_plan(inputs, None if quick else self.find_rehearsal(inputs))
+
+    def find_rehearsal(self, inputs: PlanInputs) -> Measure | None:
+        """The rehearsal of the step as a measuring function; None where it does not apply.
+
+        It knows what CUDA allocates, so a plan for a CPU is made from closed forms; so is one with packed rows, whose
+        mask it does not know, and one on a machine without torch.
+        """
+        if inputs.device.kind == "cpu" or self.recipe_file.recipe.data.packing:
+            return None
+        try:
+            from .rehearsal import make_rehearsal_measure
+        except ImportError:
+            return None
+        length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge
+        return make_rehearsal_measure(self.source.config, inputs.device, length, merge=merge)
 
     def find_inputs(self, *, quick: bool, device: Device | None = None) -> PlanInputs:
         """Everything that the plan is made from; for the recipe's own device where none is given."""

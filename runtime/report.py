@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,19 @@ class MeasuredPhase(Value):
     seconds: float
     peak_allocated_bytes: int | None = None
     peak_device_bytes: int | None = None
+
+
+class PhasePeaks(Value):
+    """A phase's peak, predicted beside measured: live tensors on a GPU, the process's resident memory on a CPU.
+
+    name:            load, forward, backward, clip, optimizer, evaluate, save or merge
+    predicted_bytes: by the plan
+    measured_bytes:  by the run, None where nothing was
+    """
+
+    name: str
+    predicted_bytes: int
+    measured_bytes: int | None
 
 
 class MeasuredMemory(Value):
@@ -135,10 +149,27 @@ def load_report(run: Path) -> tuple[Plan, RunReport]:
 
 
 def make_report_json(plan: Plan, report: RunReport) -> str:
-    """One JSON object: the report, with the predicted memory beside the measured one."""
+    """One JSON object: the report, with the predicted memory beside the measured one, in all and by phase."""
     document = report.model_dump(mode="json")
     document["predicted"] = plan.memory.model_dump(mode="json")
+    document["phases"] = [one.model_dump(mode="json") for one in list_phase_peaks(plan, report)]
     return json.dumps(document, allow_nan=False)
+
+
+def list_phase_peaks(plan: Plan, report: RunReport) -> list[PhasePeaks]:
+    """Each phase of the run that the plan knows, predicted and measured."""
+    is_cpu = plan.device.kind == "cpu"
+    process_bytes = plan.memory.peak_device_bytes - plan.memory.peak_allocated_bytes if is_cpu else 0
+    predicted = {phase.name: phase.peak_allocated_bytes + process_bytes for phase in plan.memory.phases}
+    return [
+        PhasePeaks(
+            name=phase.name,
+            predicted_bytes=predicted[phase.name],
+            measured_bytes=phase.peak_device_bytes if is_cpu else phase.peak_allocated_bytes,
+        )
+        for phase in report.measured.phases
+        if phase.name in predicted
+    ]
 
 
 def render_report(plan: Plan, report: RunReport, console: Console) -> None:
@@ -192,9 +223,18 @@ def _render_memory(plan: Plan, report: RunReport) -> Table:
         (what, predicted.peak_device_bytes, measured.peak_device_bytes),
         ("files", predicted.disk_bytes, measured.disk_bytes),
     ]
-    for name, ours, theirs in rows:
-        if ours is not None and theirs is not None:
-            table.add_row(name, format_bytes(ours), format_bytes(theirs), f"{100 * (ours / max(theirs, 1) - 1):+.1f} %")
+    _add_peaks(table, rows)
     table.add_row("with margin, decided on", format_bytes(predicted.required_bytes), "", "")
     table.add_row("budget", format_bytes(predicted.budget_bytes), "", "")
+    table.add_section()
+    kind = "live tensors" if plan.device.kind == "cuda" else "resident"
+    phases = list_phase_peaks(plan, report)
+    _add_peaks(table, [(f"{kind} in {one.name}", one.predicted_bytes, one.measured_bytes) for one in phases])
     return table
+
+
+def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]) -> None:
+    """Rows of name, predicted and measured bytes, with the error; what is not known on both sides is left out."""
+    for name, ours, theirs in peaks:
+        if ours is not None and theirs is not None:
+            table.add_row(name, format_bytes(ours), format_bytes(theirs), f"{100 * (ours / max(theirs, 1) - 1):+.1f} %")

@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from ..planner.plan import Plan
 from ..recipes.errors import OutOfMemoryError, RunError
 from .allocation import use_expandable_segments
-from .batches import count_steps, iterate_batches
 from .build import BuiltModel, build_model
 from .evaluate import answer, evaluate
 from .host import keep_heap_tight
 from .live import LiveLine
+from .loop import Progress, TrainingLoop
 from .losses import check_loss_head
 from .meter import Meter
 from .models import fetch_model
 from .oom import describe_out_of_memory, is_out_of_memory
-from .optimizers import make_optimizer
 from .packing import check_packing
 from .planning import Job
 from .quiet import quiet_libraries
@@ -35,28 +33,9 @@ from .report import Loss, RunReport, Sample, Speed, Status
 from .rows import Row
 from .rundir import PLAN_NAME, REPORT_NAME, RunDirectory
 from .save import count_file_bytes, free_memory, make_card, name_base_model, save_merged, save_trained
-from .step import autocast, make_scaler, training_step
+from .step import autocast
 from .tokens import find_stop_token_ids
 from .tracker import JsonLinesTracker
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What a run has done so far.
-
-    step:          optimizer steps done
-    tokens:        tokens computed, padding excepted
-    train_seconds: in training steps
-    losses:        first and last training loss
-    skipped:       steps whose fp16 gradients overflowed
-    """
-
-    step: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    skipped: int = 0
 
 
 def choose_run_path(job: Job, now: float) -> Path:
@@ -166,106 +145,24 @@ class Run:
             )
 
     def _train(self, built: BuiltModel, meter: Meter) -> Status:
-        train = self.recipe.train
-        rows = self.job.data.train
-        steps = count_steps(
-            len(rows), global_batch_size=train.global_batch_size, epochs=train.epochs, max_steps=train.max_steps
-        )
-        optimizer = make_optimizer(
-            self.strategy.optimizer,
-            built.model,
-            learning_rate=self.strategy.learning_rate,
-            weight_decay=train.weight_decay,
-            rounding=self.strategy.rounding,
-        )
-        scheduler = get_scheduler(
-            "constant_with_warmup" if train.schedule == "constant" else train.schedule,
-            optimizer,
-            num_warmup_steps=math.ceil(train.warmup * steps),
-            num_training_steps=steps,
-        )
-        batches = iterate_batches(
-            rows,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=self.strategy.micro_batch_size,
-            seed=train.seed,
-            epochs=train.epochs,
-            max_steps=train.max_steps,
-        )
-        scaler = make_scaler(self.strategy, self.device)
+        """The training loop; Ctrl-C ends it with what was trained so far."""
+        loop = TrainingLoop(self.plan, self.job, built, self.accelerator, meter, self.progress)
         memory = self.plan.memory
         line = LiveLine(
-            self.console, steps=steps, predicted_bytes=memory.peak_device_bytes, budget_bytes=memory.budget_bytes
+            self.console, steps=loop.steps, predicted_bytes=memory.peak_device_bytes, budget_bytes=memory.budget_bytes
         )
         try:
             with line:
-                for batch in batches:
-                    self._step(built, batch, optimizer, scheduler, scaler, meter, line, steps)
+                for batch in loop.batches:
+                    loop.step(batch, line)
                     if self._is_out_of_time():
                         return "out_of_time"
-                    self._between_steps(built, meter, steps)
+                    self._between_steps(built, meter, loop.steps)
         except KeyboardInterrupt:
             self.console.print("interrupted: saving what was trained so far", style="yellow")
-            optimizer.zero_grad(set_to_none=True)
+            loop.optimizer.zero_grad(set_to_none=True)
             return "interrupted"
         return "finished"
-
-    def _step(
-        self,
-        built: BuiltModel,
-        batch: Any,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        scaler: Any,
-        meter: Meter,
-        line: LiveLine,
-        steps: int,
-    ) -> None:
-        start = time.perf_counter()
-        micro_batches = [one.to(self.device) for one in batch.micro_batches]
-        result = training_step(
-            built.model,
-            built.base,
-            micro_batches,
-            tokens=batch.trained_tokens,
-            strategy=self.strategy,
-            optimizer=optimizer,
-            scaler=scaler,
-            clip=self._make_clip(built),
-            enter_phase=meter.enter,
-        )
-        learning_rate = scheduler.get_last_lr()[0]
-        if result.applied:
-            scheduler.step()
-        elif self.strategy.compute_dtype != "fp16" or not math.isfinite(result.loss):
-            raise RunError(
-                f"step {batch.step}: loss {result.loss}, gradient norm {result.gradient_norm}: the run stopped "
-                "without saving its weights; lower train.learning_rate, or look at the rows of this step"
-            )
-        progress = self.progress
-        progress.step, progress.tokens = batch.step, progress.tokens + batch.tokens
-        progress.train_seconds += time.perf_counter() - start
-        progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
-        progress.last_loss = result.loss
-        progress.skipped += not result.applied
-        speed = progress.tokens / progress.train_seconds
-        self.accelerator.log(
-            {
-                "epoch": batch.epoch,
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-                "learning_rate": learning_rate,
-                "tokens_per_second": batch.tokens / (time.perf_counter() - start),
-            },
-            step=batch.step,
-        )
-        line.update(
-            batch.step,
-            loss=result.loss,
-            tokens_per_second=speed,
-            memory_bytes=meter.memory_now_bytes,
-            seconds_left=progress.train_seconds / progress.step * (steps - progress.step),
-        )
 
     def _look_back(
         self, built: BuiltModel, meter: Meter, question: Row | None, status: Status
@@ -279,9 +176,6 @@ class Run:
         except KeyboardInterrupt:
             self.console.print("interrupted: saving what was trained", style="yellow")
             return "interrupted", None, None
-
-    def _make_clip(self, built: BuiltModel) -> Callable[[], Any]:
-        return lambda: self.accelerator.clip_grad_norm_(built.trainable, self.recipe.train.max_grad_norm)
 
     def _is_out_of_time(self) -> bool:
         hours = self.recipe.budget.max_hours

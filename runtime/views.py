@@ -5,6 +5,7 @@ All of them plan as `fitune plan --quick` does: closed forms, and rows of `data.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,11 +31,31 @@ from ..planner.views import (
     make_grid,
     parse_axes,
 )
-from ..recipes.errors import Problem, RecipeError
+from ..recipes.errors import FituneError, Problem, RecipeError
 from ..recipes.schema import BudgetTable
 from .planning import Job
 
 EXIT_ERROR, EXIT_NOTHING_FITS = 1, 3
+
+
+def show_view(
+    words: Sequence[str], overrides: Sequence[str], sweep: Sequence[str], console: Console, *, as_json: bool
+) -> int:
+    """A sweep where there are axes, else what fits. click gives --sweep one value: further axes are among the words."""
+    axes = [word for word in words if sweep and "=" in word and not Path(word).exists()]
+    recipes = [word for word in words if word not in axes]
+    if len(recipes) != 1:
+        raise click.UsageError("--sweep and --what-fits take one recipe")
+    recipe = recipes[0]
+    try:
+        if sweep:
+            return show_sweep(recipe, overrides, [*sweep, *axes], console, as_json=as_json)
+        return show_what_fits(recipe, overrides, console, as_json=as_json)
+    except FituneError as error:
+        if not as_json:
+            raise
+        click.echo(json.dumps({"recipe": recipe, "error": str(error)}))
+        return EXIT_ERROR
 
 
 def show_cards(
@@ -55,7 +76,8 @@ def show_cards(
     if as_json:
         _print_json(cards)
     else:
-        render_cards(cards, console, sequence_length=inputs.data.longest_row_tokens)
+        limit = job.recipe_file.recipe.budget.memory
+        render_cards(cards, console, sequence_length=inputs.data.longest_row_tokens, limit=limit)
         if able:
             _print_next(console, path, (*overrides, f"budget.gpu={able[0].gpu}"))
     return 0 if able else EXIT_NOTHING_FITS
@@ -106,7 +128,7 @@ def plan_sweep(path: str, overrides: Sequence[str], axes: Sequence[Axis]) -> tup
         place = job.recipe_file.recipe.budget, job.output_parent
         if place not in devices:
             devices[place] = job.probe_device()
-        return make_plan(job.find_inputs(quick=True, device=devices[place]))
+        return make_plan(job.find_inputs(quick=True, device=devices[place]), with_reasons=False)
 
     return make_grid(axes, plan_cell)
 

@@ -64,6 +64,8 @@ def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -
         ("optimizer", "adafactor", "optimizer"),
         ("optimizer", "paged_adamw", "optimizer"),
         ("compile", True, "compile"),
+        ("activation_offload", True, "activation_offload"),
+        ("expandable_segments", True, "expandable_segments"),
         ("learning_rate", 3e-3, "learning_rate"),
     ],
 )
@@ -80,6 +82,23 @@ def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     assert {one.loss_head for one in found} == {"full", "chunked"}
     assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
     assert {one.compile for one in found} == {False}
+
+
+def test_offload_and_expandable_segments_are_the_recipes_to_ask_for() -> None:
+    found = [
+        one for device in (H100, CPU) for method in ("full", "lora", "qlora") for one in list_all({}, device, method)
+    ]
+    assert {(one.activation_offload, one.expandable_segments) for one in found} == {(False, False)}
+
+
+def test_with_offload_checkpointing_is_tried_first_on_a_gpu() -> None:
+    """All activations cross the bus without it, and with it each layer's input only."""
+    for offload, device, first in ((True, H100, True), (False, H100, False), (True, CPU, False)):
+        kept, checkpointed = (
+            make_strategy(activation_offload=offload, gradient_checkpointing=on) for on in (False, True)
+        )
+        is_first = order_key(checkpointed, device, 4096) < order_key(kept, device, 4096)
+        assert is_first == first
 
 
 def test_no_paged_optimizer_is_offered_on_a_cpu() -> None:
@@ -172,6 +191,7 @@ def test_exact_weights_come_before_rounded_ones_however_slow() -> None:
         ({"gradient_checkpointing": True}, "computes the forward twice"),
         ({"loss_head": "chunked"}, "smaller matrices"),
         ({"optimizer": "paged_adamw_8bit"}, "states cross the bus"),
+        ({"activation_offload": True}, "activations cross the bus"),
         ({"attention": "eager"}, "writes its scores out"),
         ({"optimizer": "adamw_8bit"}, "loses precision, at the same speed"),
     ],

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CPU, GiB, find_shape, make_gpu, make_strategy
 
+from fitune.planner.activations import StepShape, estimate_kept_bytes
 from fitune.planner.arithmetic import estimate_gradient_bytes, estimate_optimizer_bytes, estimate_weight_bytes
 from fitune.planner.catalog import list_models
 from fitune.planner.estimate import CUDA_CONTEXT_BYTES, FRAGMENTATION, MARGIN, MARGIN_BYTES, estimate_memory
@@ -54,6 +55,8 @@ def strategies(draw: st.DrawFn) -> Strategy:
         loss_head=draw(st.sampled_from(["full", "chunked"])),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         double_quantization=draw(st.booleans()),
+        activation_offload=draw(st.booleans()),
+        expandable_segments=draw(st.booleans()),
         **adapters,
     )
 
@@ -181,3 +184,80 @@ def test_qlora_is_not_always_the_smallest() -> None:
     }
     ratio = {name: size / sizes["lora"] for name, size in sizes.items()}
     assert 0.9 < ratio["qlora"] < 1.1
+
+
+def offload_both_ways(name: str, strategy: Strategy, length: int, device: Device = H100) -> list[Memory]:
+    return [
+        estimate(name, strategy.model_copy(update={"activation_offload": on}), length, device) for on in (False, True)
+    ]
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(256, 8192))
+def test_offload_never_needs_more_of_the_device_nor_less_ram(name: str, strategy: Strategy, length: int) -> None:
+    kept, offloaded = offload_both_ways(name, strategy, length)
+    one_layer = 1.01  # where gradients and states are the peak, the first layer's activations are there either way
+    assert offloaded.required_bytes <= one_layer * kept.required_bytes
+    assert offloaded.host_bytes > kept.host_bytes
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(1, 8192))
+def test_offload_changes_nothing_on_a_cpu(name: str, strategy: Strategy, length: int) -> None:
+    kept, offloaded = offload_both_ways(name, strategy, length, CPU)
+    assert kept == offloaded
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_leaves_the_device_is_in_ram(checkpointing: bool) -> None:
+    strategy = make_strategy("qlora", gradient_checkpointing=checkpointing, loss_head="chunked", micro_batch_size=4)
+    kept, offloaded = offload_both_ways("llama-3.1-8b", strategy, 4096)
+    left = kept.peak_allocated_bytes - offloaded.peak_allocated_bytes
+    assert left > GiB
+    assert left < offloaded.host_bytes - kept.host_bytes < 1.5 * left + 3 * GiB
+
+
+def test_an_offloaded_layer_is_on_the_device_with_all_gradients() -> None:
+    """Without offload activations shrink as gradients grow; with it both are there at the first layer."""
+    strategy = make_strategy("full", loss_head="chunked", activation_offload=True)
+    memory = estimate("llama-3.1-8b", strategy, 4096)
+    assert memory.peak_phase == "backward"
+    assert memory.components.gradients == estimate_gradient_bytes(find_shape("llama-3.1-8b"), strategy)
+    assert memory.components.activations > 0.5 * GiB
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "strategy", "forward_mib", "backward_mib", "host_mib"),
+    [
+        ("llama-3.2-1b", 8192, {"loss_head": "chunked"}, 3608, 4121, 13124),
+        (
+            "llama-3.1-8b",
+            8192,
+            {"method": "qlora", "gradient_checkpointing": True, "loss_head": "chunked"},
+            7221,
+            8166,
+            2176,
+        ),
+        ("gpt2-medium", 1024, {"micro_batch_size": 8, "loss_head": "chunked"}, 1306, 1620, 16947),
+        ("qwen3-1.7b", 4096, {"method": "full", "loss_head": "chunked"}, 11114, 13803, 12836),
+    ],
+)
+def test_offload_is_as_a_rehearsal_of_the_step_has_it(
+    name: str, length: int, strategy: dict[str, Any], forward_mib: int, backward_mib: int, host_mib: int
+) -> None:
+    """The rehearsed step keeps its activations by the runtime's own hooks; figures in MiB, the optimizer's excepted."""
+    settings = {"method": "lora", **strategy}
+    offloading = make_strategy(**settings, activation_offload=True)
+    memory = estimate(name, offloading, length)
+    assert find_phase(memory, "forward") == pytest.approx(forward_mib * 2**20, rel=0.15)
+    assert find_phase(memory, "backward") == pytest.approx(backward_mib * 2**20, rel=0.03)
+    step = StepShape(find_shape(name), offloading, length)
+    assert estimate_kept_bytes(step) == pytest.approx(host_mib * 2**20, rel=0.06)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_expandable_segments_change_nothing_in_the_closed_forms(kind: str) -> None:
+    plain, expandable = (
+        estimate("llama-3.1-8b", make_strategy(expandable_segments=on), device=DEVICES[kind]) for on in (False, True)
+    )
+    assert plain == expandable

@@ -137,6 +137,8 @@ def test_bf16_weights_that_are_trained_are_rounded_stochastically_and_the_plan_s
         ({"budget": {"max_hours": 1.0}}, H100, "budget.max_hours: the plan predicts no time yet"),
         ({"train": {"compile": True}}, H100, "train.compile"),
         ({"train": {"optimizer": "paged_adamw"}}, CPU, "paged optimizers run unpaged on a CPU"),
+        ({"train": {"activation_offload": True}}, CPU, "train.activation_offload = true: it has no effect on a CPU"),
+        ({"train": {"expandable_segments": True}}, CPU, "train.expandable_segments = true: it has no effect on a CPU"),
         ({"model": {"id": "llama-3.2-1b", "dtype": "bf16"}}, T4, "computes bf16 in software"),
         ({"method": {"kind": "lora", "adapter_dtype": "bf16"}}, T4, "the run computes in fp16, so the adapters are"),
         ({}, H100.model_copy(update={"budget_bytes": 200 * GiB}), "this plan is for a larger one"),
@@ -149,6 +151,24 @@ def test_bf16_weights_that_are_trained_are_rounded_stochastically_and_the_plan_s
 )
 def test_what_a_person_might_not_expect_is_a_warning(tables: dict[str, Any], device: Device, words: str) -> None:
     assert any(words in text for text in plan_for(tables, device).warnings)
+
+
+def test_offload_and_expandable_segments_are_no_surprise_on_a_gpu() -> None:
+    plan = plan_for({"train": {"activation_offload": True, "expandable_segments": True}}, H100)
+    assert plan.strategy.activation_offload and plan.strategy.expandable_segments
+    assert not any("no effect" in text for text in plan.warnings)
+
+
+def test_offloaded_activations_that_ram_cannot_hold_are_named() -> None:
+    tables = {"model": {"id": "llama-3.1-8b"}, "method": {"kind": "lora"}, "data": {"train": "x", "max_length": 8192}}
+    train = {"activation_offload": True, "gradient_checkpointing": False, "micro_batch_size": 4}
+    device = H100.model_copy(update={"host_memory_bytes": 32 * GiB})
+    plan = plan_for(tables | {"train": train}, device)
+    assert not plan.fits
+    assert {one.component for one in plan.rejected} == {"host"}
+    assert all(
+        one.reason.endswith(": the process beside the device and the offloaded activations") for one in plan.rejected
+    )
 
 
 def test_rows_that_are_not_known_are_a_warning_and_leave_the_steps_open() -> None:
@@ -345,6 +365,8 @@ recipes = st.fixed_dictionaries(
                 "gradient_checkpointing": auto | st.booleans(),
                 "loss_head": auto | st.sampled_from(["full", "chunked"]),
                 "compile": auto | st.booleans(),
+                "activation_offload": st.booleans(),
+                "expandable_segments": st.booleans(),
                 "learning_rate": auto | st.floats(1e-9, 1),
             }
         ),

@@ -13,8 +13,12 @@ from rich.console import Console
 
 from fitune.planner.plan import Plan
 from fitune.planner.render import COMPONENT_WORDS, render_plan
+from fitune.planner.strategy import DeviceConstant
 from fitune.recipes.units import format_bytes
 
+CONSTANT = DeviceConstant(
+    bytes=763 * 2**20, source="3 runs on this machine, the last on 2026-11-23, 751.0 MiB to 767.0 MiB"
+)
 LLAMA_8B = {"model": {"id": "llama-3.1-8b"}}
 PLANS = {
     "fits": plan_for({}, make_gpu("H100 80GB")),
@@ -112,6 +116,13 @@ def test_paged_states_are_named_where_they_are_counted() -> None:
     assert "with Python's libraries" in render(PLANS["cpu"])
 
 
+def test_offload_and_expandable_segments_are_shown_where_they_are_asked_for() -> None:
+    tables = LLAMA_8B | {"train": {"activation_offload": True, "expandable_segments": True}}
+    shown = render(plan_for(tables, make_gpu("H100 80GB")), 160)
+    assert "activations in RAM" in shown and "expandable segments" in shown
+    assert "activations in RAM" not in render(PLANS["fits"]) and "expandable" not in render(PLANS["fits"])
+
+
 @EVERY_PLAN
 def test_colours_carry_nothing_that_the_words_do_not(plan: Plan) -> None:
     colored = render(plan, color=True)
@@ -143,3 +154,12 @@ def test_square_brackets_are_no_markup() -> None:
     text = render(plan)
     assert "Plan for [bold red]a[/] [link=x].toml ─" in text
     assert "note: see [bold]" in text
+
+
+@EVERY_WIDTH
+def test_a_constant_that_was_learnt_is_shown_with_where_it_comes_from(width: int) -> None:
+    text = render(plan_for({}, make_gpu("H100 80GB", beside=CONSTANT)), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "763.0 MiB beside: 3 runs" in squeeze(text)
+    assert set(CONSTANT.source.split()) <= set(squeeze(text).split())
+    assert "beside:" not in render(PLANS["fits"], width)

@@ -38,6 +38,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "auto",
         "loss_head": "auto",
         "compile": "auto",
+        "activation_offload": False,
+        "expandable_segments": False,
         "eval_every": None,
         "seed": 0,
     },

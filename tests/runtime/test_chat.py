@@ -88,6 +88,7 @@ def copy_run(run: Path, folder: Path) -> Path:
     shutil.copytree(run.parent, folder, dirs_exist_ok=True)
     document = json.loads((folder / "run" / "plan.json").read_text())
     document["recipe"] = str(folder / "recipe.toml")
+    document["resolved_recipe"]["model"]["id"] = str(folder / "model")
     (folder / "run" / "plan.json").write_text(json.dumps(document))
     text = (folder / "recipe.toml").read_text().replace(str(run.parent / "model"), str(folder / "model"))
     (folder / "recipe.toml").write_text(text)

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from fitune.recipes.errors import RunError
 from fitune.runtime import packing
 from fitune.runtime.batches import make_micro_batch
 from fitune.runtime.packing import check_packing, pack_rows
 from fitune.runtime.tokens import TokenizedRow, TokenizedRows
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

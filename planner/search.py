@@ -1,0 +1,141 @@
+"""Walks the candidates, fastest first, to the first that fits: closed forms for those that are far off, and the exact
+measure, a rehearsal of the step, for all others and for the one that is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..recipes.errors import ModelError, PlanError
+from ..recipes.schema import Recipe
+from .candidates import list_methods, list_strategies, order_key
+from .memory import Memory
+from .shape import ModelShape
+from .strategy import Device, Strategy
+
+UNSURE_SHARE = 0.2
+"""By so much a closed form may be too high: a candidate further above the budget is rejected without a rehearsal."""
+
+
+class Measure(Protocol):
+    """Predicts the memory of a strategy; closed forms or, from the runtime, a rehearsal of the step."""
+
+    def __call__(self, strategy: Strategy) -> Memory:
+        """The memory of a run of `strategy`; ModelError where the model cannot be rehearsed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A strategy and what it needs.
+
+    shortfall_bytes: by how much the worst of the budgets is missed; 0 or less where it fits
+    """
+
+    strategy: Strategy
+    memory: Memory
+    shortfall_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to.
+
+    closest:  the chosen candidate; where none fits, the one that misses by the least
+    fits:     whether it fits
+    rejected: those that were preferred to it
+    failure:  why the model could not be rehearsed, None where it could
+    """
+
+    closest: Candidate
+    fits: bool
+    rejected: tuple[Candidate, ...]
+    failure: str | None
+
+
+def list_budgets(memory: Memory, device: Device) -> dict[str, tuple[int, int]]:
+    """(needed, budget) in bytes of each memory that is limited: the device's, and RAM and disk where known."""
+    budgets = {"device": (memory.required_bytes, memory.budget_bytes)}
+    if device.host_memory_bytes is not None and device.kind == "cuda":
+        budgets["host"] = (memory.host_bytes, device.host_memory_bytes)
+    if device.disk_bytes is not None:
+        budgets["disk"] = (memory.disk_bytes, device.disk_bytes)
+    return budgets
+
+
+def walk_strategies(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> Iterator[Strategy]:
+    """All candidates: methods in the recipe's order, fastest first within each.
+
+    Raises the first PlanError where every method is ruled out.
+    """
+    problems = []
+    for method in list_methods(recipe):
+        try:
+            strategies = list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa)
+            yield from sorted(strategies, key=lambda one: order_key(one, device, length))
+        except PlanError as error:
+            problems.append(error)
+    if len(problems) == len(list_methods(recipe)):
+        raise problems[0]
+
+
+def search(strategies: Iterable[Strategy], device: Device, *, quick: Measure, exact: Measure | None) -> Found:
+    """The first strategy that fits, else the one that misses by the least.
+
+    quick: closed forms
+    exact: a rehearsal; None to decide on closed forms alone
+    """
+    judge = _Judge(quick, exact)
+    rejected: list[Candidate] = []
+    for strategy in strategies:
+        candidate = _make_candidate(strategy, judge.measure(strategy), device)
+        if candidate.shortfall_bytes <= 0:
+            return Found(closest=candidate, fits=True, rejected=tuple(rejected), failure=judge.failure)
+        rejected.append(candidate)
+    nearest = min(rejected, key=lambda one: (one.shortfall_bytes, one.memory.required_bytes))
+    closest = _make_candidate(nearest.strategy, judge.measure_exactly(nearest.strategy), device)
+    return Found(closest=closest, fits=closest.shortfall_bytes <= 0, rejected=tuple(rejected), failure=judge.failure)
+
+
+def _make_candidate(strategy: Strategy, memory: Memory, device: Device) -> Candidate:
+    shortfall = max(needed - budget for needed, budget in list_budgets(memory, device).values())
+    return Candidate(strategy=strategy, memory=memory, shortfall_bytes=shortfall)
+
+
+class _Judge:
+    """Measures a strategy as exactly as its case needs.
+
+    A rehearsal also shows how far the closed forms are off for strategies of its kind, which spares theirs.
+    """
+
+    def __init__(self, quick: Measure, exact: Measure | None) -> None:
+        self._quick, self._exact = quick, exact
+        self._factors: dict[tuple[object, ...], float] = {}
+        self.failure: str | None = None
+
+    def measure(self, strategy: Strategy) -> Memory:
+        memory = self._quick(strategy)
+        if self._exact is None:
+            return memory
+        factor = self._factors.get(_kind(strategy))
+        likely_bytes = memory.peak_device_bytes * (1 - UNSURE_SHARE if factor is None else factor)
+        if likely_bytes <= memory.budget_bytes:
+            return self.measure_exactly(strategy)
+        return memory if factor is None else memory.model_copy(update={"required_bytes": int(likely_bytes)})
+
+    def measure_exactly(self, strategy: Strategy) -> Memory:
+        """A rehearsal; closed forms where there is none."""
+        memory = self._quick(strategy)
+        if self._exact is None:
+            return memory
+        try:
+            exact = self._exact(strategy)
+        except ModelError as error:
+            self._exact, self.failure = None, str(error)
+            return memory
+        self._factors[_kind(strategy)] = exact.required_bytes / memory.peak_device_bytes
+        return exact
+
+
+def _kind(strategy: Strategy) -> tuple[object, ...]:
+    return strategy.method, strategy.weights_dtype, strategy.gradient_checkpointing, strategy.loss_head

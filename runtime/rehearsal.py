@@ -1,0 +1,138 @@
+"""Rehearses a run: the runtime's own step on fake tensors, replayed through a model of the CUDA caching allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from ..planner.allocator import CachingAllocator
+from ..planner.catalog import find_gpu
+from ..planner.estimate import CUDA_HOST_BYTES, estimate_memory
+from ..planner.families import FAMILIES
+from ..planner.memory import PHASES, Components, Memory, Phase
+from ..planner.search import Measure
+from ..planner.shape import make_shape
+from ..planner.strategy import Device, Strategy
+from ..recipes.errors import DeviceError, ModelError
+from .rehearse_cuda import CudaCard
+from .rehearse_replay import Replay
+from .rehearse_states import replay_adapters, replay_clip, replay_optimizer, replay_weights
+from .rehearse_trace import TracedStep, trace_step
+
+MiB = 2**20
+STEPS = 3
+"""Steps replayed: the first makes the optimizer's states, the second runs with them, the third shows fragmentation."""
+CONTEXT_BYTES = 751 * MiB
+"""Device memory beside the allocator's on the measured stack: context, loaded kernels, cuBLAS's own (95 rows)."""
+FLASH_KERNEL_BYTES = 16 * MiB
+"""The module of FlashAttention's kernels, loaded at its first use (measured: rows with eager attention lack it)."""
+DRIVER_BYTES = 480 * MiB
+"""Of an H100's memory as NVML names it, what the driver keeps from every process: 81,559 MiB are 81,079 to CUDA."""
+DEVICE_MARGIN = 0.02
+"""Added to the device peak before it is compared with the budget."""
+STEP_PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+def rehearse(
+    config: Mapping[str, Any], strategy: Strategy, device: Device, *, sequence_length: int, merge: bool
+) -> Memory:
+    """The memory of a run of `strategy` on rows of `sequence_length` tokens.
+
+    On a CPU, whose memory no caching allocator holds, these are the closed forms. A ModelError where transformers
+    cannot build the model.
+    """
+    quick = _estimate_quickly(config, strategy, device, sequence_length, merge=merge)
+    if device.kind == "cpu":
+        if quick is None:
+            raise ModelError(f"config.json: model_type: {config.get('model_type')}: there is no closed form for a CPU")
+        return quick
+    traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length)
+    limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
+    replay = replay_run(traced, strategy, limit_bytes=limit_bytes)
+    return _summarise(replay, traced, strategy, device, quick, merge=merge)
+
+
+def _estimate_quickly(
+    config: Mapping[str, Any], strategy: Strategy, device: Device, sequence_length: int, *, merge: bool
+) -> Memory | None:
+    """The closed forms, which the phases outside of the step come from; None for a family that they do not know."""
+    text = config.get("text_config")
+    families = {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
+    if not families & FAMILIES.keys():
+        return None
+    return estimate_memory(make_shape(config), strategy, device, sequence_length=sequence_length, merge=merge)
+
+
+def make_rehearsal_measure(config: Mapping[str, Any], device: Device, sequence_length: int, *, merge: bool) -> Measure:
+    """The rehearsal as the planner's measuring function."""
+
+    @cache
+    def measure(strategy: Strategy) -> Memory:
+        return rehearse(config, strategy, device, sequence_length=sequence_length, merge=merge)
+
+    return measure
+
+
+def find_card(device: Device) -> CudaCard:
+    """What the catalog knows of the card; one that it does not know is taken for the measured one."""
+    try:
+        major = int(find_gpu(device.name).compute_capability.split(".")[0])
+    except DeviceError:
+        return CudaCard()
+    return CudaCard(major=major)
+
+
+def context_bytes(strategy: Strategy, device: Device) -> int:
+    """Device memory beside the allocator's and managed memory: as calibrated, else the measured stack's."""
+    if device.beside is not None:
+        return device.beside.bytes
+    return CONTEXT_BYTES + (0 if strategy.attention == "eager" else FLASH_KERNEL_BYTES)
+
+
+def replay_run(traced: TracedStep, strategy: Strategy, *, limit_bytes: int | None, expandable: bool = False) -> Replay:
+    """Weights, adapters and STEPS optimizer steps through the allocator."""
+    replay = Replay(CachingAllocator(limit_bytes=limit_bytes, expandable=strategy.expandable_segments))
+    model, trainable = traced.model, traced.model.trainable
+    replay_weights(replay, model, strategy)
+    replay_adapters(replay, model)
+    for step in range(STEPS):
+        for micro_batch in range(strategy.gradient_accumulation_steps):
+            for segment in traced.next if micro_batch else traced.first:
+                if segment.name in ("forward", "backward"):
+                    replay.enter(segment.name)
+                replay.play(segment.events, traced.recording, prefix=step)
+        replay.enter("clip")
+        replay_clip(replay, trainable)
+        replay.enter("optimizer")
+        replay_optimizer(replay, trainable, strategy, first=step == 0)
+        replay.free_all(step)
+    return replay
+
+
+def _summarise(
+    replay: Replay, traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool
+) -> Memory:
+    """Load and step from the replay; evaluation, saving and merging, RAM and disk from the closed forms."""
+    peak_phase = replay.highest(STEP_PHASES)
+    peak = replay.peaks[peak_phase]
+    reserved = replay.allocator.peak_reserved_bytes
+    device_bytes = reserved + context_bytes(strategy, device) + replay.managed_bytes
+    outside = {} if quick is None else {phase.name: phase.peak_allocated_bytes for phase in quick.phases}
+    allocated = {**outside, **{name: one.allocated_bytes for name, one in replay.peaks.items()}}
+    trained = sum(spec.elements * spec.width for spec in traced.model.trainable)
+    merged = 2 * sum(spec.elements for spec in traced.model.weights) if merge and strategy.method != "full" else 0
+    return Memory(
+        peak_allocated_bytes=peak.allocated_bytes,
+        peak_reserved_bytes=reserved,
+        managed_bytes=replay.managed_bytes,
+        peak_device_bytes=device_bytes,
+        required_bytes=int(device_bytes * (1 + DEVICE_MARGIN)),
+        budget_bytes=device.budget_bytes,
+        host_bytes=quick.host_bytes if quick else CUDA_HOST_BYTES + max(trained, merged),
+        disk_bytes=quick.disk_bytes if quick else trained + merged,
+        peak_phase=peak_phase,
+        components=Components(**peak.components),
+        phases=tuple(Phase(name=name, peak_allocated_bytes=allocated[name]) for name in PHASES if name in allocated),
+        estimator="rehearsal",
+    )

@@ -1,0 +1,299 @@
+"""The rehearsal beside measured steps, beside the whole model's trace, and on architectures of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from fitune.planner.families import FAMILIES
+from fitune.planner.memory import Memory
+from fitune.planner.strategy import Device, DeviceConstant, Strategy
+from fitune.recipes.errors import ModelError
+from fitune.runtime.accuracy import compare, load_rows, make_device, render_summary, render_table
+from fitune.runtime.rehearsal import make_rehearsal_measure, rehearse
+from fitune.runtime.rehearse_cuda import CudaCard
+from fitune.runtime.rehearse_trace import TracedStep, trace_step
+
+DATA = Path(__file__).parents[1] / "data"
+ROWS = {
+    row["id"]: (row, config)
+    for row, config in load_rows(DATA / "h100_reference_step.jsonl", DATA / "architectures.json")
+}
+SAMPLE = [
+    "llama-3.2-1b-full-bf16-adamw_torch_fused-b2-s2048-nockpt-full",
+    "llama-3.2-1b-qlora-r8-adamw_torch_fused-b1-s1024-ckpt-full-bf16",
+    "llama-2-7b-lora-r64-paged_adamw_32bit-b8-s4096-ckpt-chunked-fp32",
+    "mistral-7b-qlora-r16-paged_adamw_8bit-b4-s1024-ckpt-accum=4-chunked-fp32",
+    "gemma-2-2b-qlora-r256-paged_adamw_32bit-b2-s4096-nockpt-qv-full-fp32",
+    "gpt2-medium-full-bf16-adamw_torch_fused-b2-s1024-ckpt-full",
+    "opt-1.3b-qlora-r64-paged_adamw_32bit-b8-s1024-nockpt-dropout=0.05-qv-full-fp32",
+    "qwen2.5-1.5b-lora-r16-adamw_torch_fused-b4-s2048-ckpt-expandable=True-full-fp32",
+    "qwen3-0.6b-qlora-r64-paged_adamw_8bit-b8-s512-nockpt-chunked-fp32",
+]
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 768,
+    "vocab_size": 4096,
+    "tie_word_embeddings": False,
+}
+MIXTURE = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+}
+SLIDING = {**LLAMA, "model_type": "mistral", "sliding_window": 128}
+ALTERNATING = {**LLAMA, "model_type": "gemma2", "head_dim": 32, "num_hidden_layers": 16, "sliding_window": 128}
+FUSED = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
+CONV1D = {
+    "model_type": "gpt2",
+    "n_embd": 256,
+    "n_layer": 8,
+    "n_head": 8,
+    "vocab_size": 4096,
+    "n_positions": 1024,
+}
+
+
+def make_strategy(method: str = "lora", **changes: Any) -> Strategy:
+    values: dict[str, Any] = {
+        "method": method,
+        "weights_dtype": "bf16",
+        "compute_dtype": "bf16",
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "loss_head": "full",
+        "optimizer": "adamw",
+        "learning_rate": 1e-4,
+    }
+    if method != "full":
+        values |= {"adapter_dtype": "fp32", "adapter_rank": 8, "adapter_targets": "all-linear"}
+    return Strategy(**(values | changes))
+
+
+def trace(config: dict[str, Any], strategy: Strategy, *, cut: bool = True, length: int = 256) -> TracedStep:
+    return trace_step(config, strategy, CudaCard(), sequence_length=length, cut=cut)
+
+
+def predict(config: dict[str, Any], strategy: Strategy, *, length: int = 256) -> Memory:
+    return rehearse(config, strategy, make_device(), sequence_length=length, merge=False)
+
+
+def list_sizes(traced: TracedStep) -> list[int]:
+    """Sizes in the order of events, negative when freed."""
+    sizes = traced.recording.sizes
+    events = [event for segment in (*traced.first, *traced.next) for event in segment.events]
+    return [sizes[event] if event >= 0 else -sizes[~event] for event in events]
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> list[Any]:
+    device = make_device()
+    return [compare(*ROWS[name], device) for name in SAMPLE]
+
+
+def test_allocated_peaks_of_measured_steps_are_met_within_a_thousandth(comparisons: list[Any]) -> None:
+    assert median(abs(one.error("allocated")) for one in comparisons) < 0.0002
+    assert max(abs(one.error("allocated")) for one in comparisons) < 0.001
+
+
+def test_reserved_and_device_peaks_of_measured_steps_are_met_within_a_percent(comparisons: list[Any]) -> None:
+    for figure in ("reserved", "device"):
+        assert median(abs(one.error(figure)) for one in comparisons) < 0.001
+        assert max(abs(one.error(figure)) for one in comparisons) < 0.01
+
+
+def test_the_measured_peak_phase_is_named(comparisons: list[Any]) -> None:
+    assert all(one.predicted.peak_phase == one.measured_phase for one in comparisons)
+
+
+def test_components_add_up_to_the_allocated_peak_to_the_byte(comparisons: list[Any]) -> None:
+    assert all(one.predicted.components.total == one.predicted.peak_allocated_bytes for one in comparisons)
+
+
+def test_the_accuracy_table_has_a_line_a_row_and_a_summary_a_figure(comparisons: list[Any]) -> None:
+    assert len(render_table(comparisons).splitlines()) == len(comparisons) + 1
+    assert [line.split()[0] for line in render_summary(comparisons).splitlines()] == ["allocated", "reserved", "device"]
+
+
+@pytest.mark.slow
+def test_all_measured_steps_are_met_as_published() -> None:
+    device = make_device()
+    rows = [compare(row, config, device) for row, config in ROWS.values()]
+    bounds = {"allocated": (0.002, 0.01, 0.03), "reserved": (0.005, 0.04, 0.10), "device": (0.005, 0.04, 0.10)}
+    for figure, (middle, high, worst) in bounds.items():
+        errors = sorted(abs(row.error(figure)) for row in rows)
+        assert median(errors) <= middle
+        assert errors[int(0.95 * len(errors))] <= high
+        assert errors[-1] <= worst
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy"),
+    [
+        (LLAMA, make_strategy()),
+        (LLAMA, make_strategy(gradient_checkpointing=True, gradient_accumulation_steps=3)),
+        (LLAMA, make_strategy("full", weights_dtype="fp32", loss_head="chunked", gradient_checkpointing=True)),
+        (LLAMA, make_strategy("qlora", adapter_dropout=0.1)),
+        (CONV1D, make_strategy("full")),
+    ],
+    ids=["lora", "checkpointed and accumulated", "full in fp32", "qlora with dropout", "gpt2"],
+)
+def test_repeating_the_middle_layers_gives_the_whole_models_trace(config: dict[str, Any], strategy: Strategy) -> None:
+    trace(config, strategy)  # fills the caches that the first trace of a process makes
+    short, whole = trace(config, strategy), trace(config, strategy, cut=False)
+    assert len(short.model.layers) < len(whole.model.layers)
+    assert sorted(list_sizes(short)) == sorted(list_sizes(whole))
+    assert short.model.trainable == whole.model.trainable
+    assert short.model.adapters == whole.model.adapters
+
+
+def test_layers_that_alternate_are_repeated_in_pairs() -> None:
+    strategy = make_strategy(attention="eager")
+    short, whole = trace(ALTERNATING, strategy), trace(ALTERNATING, strategy, cut=False)
+    assert short.model.cut.blocks == (2, 2, 2, 2, 2)
+    assert sorted(list_sizes(short)) == sorted(list_sizes(whole))
+
+
+@pytest.mark.parametrize("config", [MIXTURE, SLIDING, FUSED, CONV1D], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_every_kind_of_architecture_is_rehearsed(config: dict[str, Any], method: str) -> None:
+    memory = predict(config, make_strategy(method))
+    assert memory.components.total == memory.peak_allocated_bytes
+    assert memory.components.weights > 0
+    assert memory.peak_reserved_bytes is not None
+    assert memory.peak_allocated_bytes <= memory.peak_reserved_bytes < memory.peak_device_bytes < memory.required_bytes
+
+
+def test_rows_longer_than_the_sliding_window_pay_for_an_explicit_mask() -> None:
+    strategy = make_strategy()
+    within, beyond = predict(SLIDING | {"sliding_window": 512}, strategy), predict(SLIDING, strategy)
+    mask_bytes = 2 * 2 * 256 * 256
+    assert beyond.components.activations >= within.components.activations + 9 * mask_bytes
+
+
+def test_eager_attention_keeps_the_scores_that_fused_attention_does_not() -> None:
+    fused, eager = (predict(LLAMA, make_strategy(attention=kind)) for kind in ("sdpa", "eager"))
+    scores_bytes = 2 * 2 * 8 * 256 * 256
+    assert eager.components.activations > fused.components.activations + 9 * scores_bytes
+
+
+def test_dropout_keeps_a_mask_of_one_byte_an_element() -> None:
+    plain, dropped = (predict(LLAMA, make_strategy(adapter_dropout=share)) for share in (0.0, 0.1))
+    inputs = 4 * 256 + 2 * 256 + 768
+    kept = dropped.components.activations - plain.components.activations
+    assert kept >= 9 * 2 * 256 * inputs
+
+
+def test_paged_states_of_large_tensors_are_beside_the_allocator() -> None:
+    held, paged = (predict(LLAMA, make_strategy("full", optimizer=name)) for name in ("adamw_32bit", "paged_adamw"))
+    assert paged.components.optimizer < held.components.optimizer / 5
+    assert held.managed_bytes == 0
+    assert paged.managed_bytes >= held.components.optimizer - paged.components.optimizer
+
+
+def test_gradient_accumulation_keeps_gradients_through_the_next_forward() -> None:
+    one, two = (predict(LLAMA, make_strategy("full", gradient_accumulation_steps=steps)) for steps in (1, 2))
+    forward = [{phase.name: phase.peak_allocated_bytes for phase in memory.phases}["forward"] for memory in (one, two)]
+    gradients = 2 * 9 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 768)
+    assert forward[1] > forward[0] + gradients
+
+
+def test_cards_before_hopper_hold_smaller_workspaces() -> None:
+    hopper, ampere = (
+        rehearse(LLAMA, make_strategy(), make_device(name), sequence_length=256, merge=False)
+        for name in ("H100 80GB", "A100 80GB")
+    )
+    assert hopper.components.temporary - ampere.components.temporary == 2 * (33554432 - 8519680)
+
+
+def test_at_the_cards_limit_the_cache_is_given_back_before_more_is_reserved() -> None:
+    row, config = ROWS["llama-3.1-8b-lora-r16-adamw_torch_fused-b2-s16384-ckpt-full-bf16"]
+    assert abs(compare(row, config, make_device()).error("reserved")) < 0.01
+    roomy = make_device("H200")
+    assert compare(row, config, roomy).predicted.peak_reserved_bytes > row["measured"]["peak_reserved_bytes"]
+
+
+def test_offloaded_activations_leave_the_device() -> None:
+    kept, offloaded = (predict(LLAMA, make_strategy(activation_offload=asked)) for asked in (False, True))
+    assert offloaded.components.activations < kept.components.activations / 3
+
+
+def test_packed_rows_pay_for_an_explicit_mask() -> None:
+    whole, packed = (predict(LLAMA, make_strategy(packing=asked)) for asked in (False, True))
+    assert packed.peak_allocated_bytes > whole.peak_allocated_bytes
+
+
+def test_a_calibrated_device_brings_its_own_constant() -> None:
+    general = make_device()
+    calibrated = general.model_copy(update={"beside": DeviceConstant(bytes=2**29, source="a run")})
+    first, second = (
+        rehearse(LLAMA, make_strategy(), one, sequence_length=256, merge=False) for one in (general, calibrated)
+    )
+    assert second.peak_device_bytes == (second.peak_reserved_bytes or 0) + 2**29
+    assert first.peak_reserved_bytes == second.peak_reserved_bytes
+
+
+def test_compiled_layers_and_flash_attention_2_are_rehearsed_as_what_they_are_closest_to() -> None:
+    plain = predict(LLAMA, make_strategy())
+    assert predict(LLAMA, make_strategy(compile=True)).peak_allocated_bytes == plain.peak_allocated_bytes
+    assert predict(LLAMA, make_strategy(attention="flash_attention_2")).components == plain.components
+
+
+def test_the_measure_gives_what_the_rehearsal_gives() -> None:
+    strategy = make_strategy()
+    measure = make_rehearsal_measure(LLAMA, make_device(), 256, merge=False)
+    assert measure(strategy) == predict(LLAMA, strategy)
+
+
+def test_on_a_cpu_the_closed_forms_answer() -> None:
+    cpu = Device(name="CPU", kind="cpu", memory_bytes=2**34, budget_bytes=2**34, bf16=True)
+    memory = rehearse(LLAMA, make_strategy(), cpu, sequence_length=256, merge=False)
+    assert memory.peak_reserved_bytes is None
+
+
+def test_a_config_that_cannot_be_built_is_an_error_that_says_so() -> None:
+    with pytest.raises(ModelError, match=r"config\.json: .*nonsense"):
+        predict({"model_type": "nonsense"}, make_strategy())
+    with pytest.raises(ModelError, match="num_key_value_heads"):
+        predict(LLAMA | {"num_key_value_heads": 3}, make_strategy())
+
+
+def test_an_architecture_that_reads_values_of_tensors_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, x) if x.sum().item() else forward(self, x)
+    )
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be rehearsed"):
+        predict(LLAMA, make_strategy())
+
+
+def test_a_family_without_closed_forms_is_rehearsed_all_the_same() -> None:
+    config = {**LLAMA, "model_type": "arcee"}
+    assert "arcee" not in FAMILIES
+    memory = predict(config, make_strategy("full"))
+    assert {phase.name for phase in memory.phases} == {"load", "forward", "backward", "clip", "optimizer"}
+    assert memory.disk_bytes > memory.components.weights / 2
+
+
+def test_a_rehearsal_leaves_torch_and_transformers_as_they_were() -> None:
+    from transformers import masking_utils
+
+    before = torch.is_autocast_enabled, masking_utils.find_packed_sequence_indices
+    predict(LLAMA, make_strategy())
+    assert before == (torch.is_autocast_enabled, masking_utils.find_packed_sequence_indices)
+    assert not torch.is_autocast_enabled("cpu")
