@@ -15,7 +15,7 @@ from .render import METHOD_WORDS
 from .strategy import Strategy
 from .views import Axis, Card, Cell, FailedCell, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
 
-ESTIMATOR_WORDS = {"closed_forms": "closed forms"}
+ESTIMATOR_WORDS = {"closed_forms": "closed forms", "rehearsal": "a rehearsal of the step"}
 LIMIT_WORDS = {"host": "RAM", "disk": "disk"}
 
 

@@ -15,7 +15,7 @@ from .family import Family, Projection, Width
 from .model_shape import BlockShape, LinearShape, ModelShape
 from .quantized import find_untrainable_quantization
 
-__all__ = ["BlockShape", "LinearShape", "ModelShape", "find_untrainable_quantization", "make_shape"]
+__all__ = ["BlockShape", "LinearShape", "ModelShape", "find_untrainable_quantization", "is_known_family", "make_shape"]
 
 _MOST_LAYERS = 10_000
 
@@ -109,6 +109,11 @@ def _find_text_config(config: Mapping[str, object]) -> Mapping[str, object]:
         return config
     tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config and key not in text}
     return {**text, **tied}
+
+
+def is_known_family(config: Mapping[str, object]) -> bool:
+    """Whether there are closed forms for this config's architecture."""
+    return _find_text_config(config).get("model_type") in FAMILIES
 
 
 def _find_family(config: Mapping[str, object]) -> Family:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ..planner.catalog import find_gpu
 from ..planner.plan import Plan, PlanInputs, make_plan
 from ..planner.search import Measure
-from ..planner.shape import ModelShape, make_shape
+from ..planner.shape import ModelShape, is_known_family, make_shape
 from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
@@ -62,8 +62,17 @@ class Job:
 
     @cached_property
     def shape(self) -> ModelShape:
-        """The model's layers and sizes; ModelError for an architecture that cannot be handled."""
-        return make_shape(self.source.config)
+        """The model's layers and sizes; ModelError for an architecture that cannot be handled.
+
+        One that the planner has no closed forms for is read off the model itself, which transformers then has to build.
+        """
+        if is_known_family(self.source.config):
+            return make_shape(self.source.config)
+        try:
+            from .meta_shape import make_shape_of_model
+        except ImportError:
+            return make_shape(self.source.config)
+        return make_shape_of_model(self.source.config)
 
     @cached_property
     def rows(self) -> tuple[list[Row], list[Row]]:

@@ -144,6 +144,10 @@ def _quantize(base: Any, strategy: Strategy) -> None:
 
     settings = make_quantization(strategy)
     replace_with_bnb_linear(base, modules_to_not_convert=UNQUANTIZED, quantization_config=settings)
+    for module in base.modules():
+        if is_nf4(module, "weight") and module.bias is not None:
+            bias = module.bias.to(TORCH_DTYPES[strategy.weights_dtype])
+            module.bias = nn.Parameter(bias, requires_grad=False)
     base.is_quantized = base.is_loaded_in_4bit = True
     base.quantization_method, base.config.quantization_config = settings.quant_method, settings
 

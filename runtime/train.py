@@ -36,6 +36,7 @@ from .save import count_file_bytes, free_memory, make_card, name_base_model, sav
 from .step import autocast
 from .tokens import find_stop_token_ids
 from .tracker import JsonLinesTracker
+from .versions import find_versions
 
 
 def choose_run_path(job: Job, now: float) -> Path:
@@ -285,7 +286,7 @@ class Run:
             ),
             events=tuple(asdict(event) for event in summary.events),
             output=output,
-            versions=self.plan.versions,
+            versions=find_versions(),
             skipped_steps=progress.skipped,
         )
         self.directory.write_json(REPORT_NAME, report.model_dump(mode="json"))

@@ -79,7 +79,7 @@ def show_cards(
         limit = job.recipe_file.recipe.budget.memory
         render_cards(cards, console, sequence_length=inputs.data.longest_row_tokens, limit=limit)
         if able:
-            _print_next(console, path, (*overrides, f"budget.gpu={able[0].gpu}"))
+            _print_next(console, path, (*overrides, *_name_card(able[0], job.recipe_file.recipe.budget)))
     return 0 if able else EXIT_NOTHING_FITS
 
 
@@ -131,6 +131,13 @@ def plan_sweep(path: str, overrides: Sequence[str], axes: Sequence[Axis]) -> tup
         return make_plan(job.find_inputs(quick=True, device=devices[place]), with_reasons=False)
 
     return make_grid(axes, plan_cell)
+
+
+def _name_card(card: Card, budget: BudgetTable) -> tuple[str, ...]:
+    """Overrides that plan for this card; a `budget.memory` that is more than the card has is lowered to it."""
+    gpu = f"budget.gpu={card.gpu}"
+    is_larger = budget.memory_bytes is not None and budget.memory_bytes > card.budget_bytes
+    return (gpu, f'budget.memory="{card.budget_bytes}B"') if is_larger else (gpu,)
 
 
 def _name_option(error: RecipeError, settings: Mapping[str, str]) -> RecipeError:

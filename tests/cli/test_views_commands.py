@@ -43,6 +43,16 @@ def test_gpus_ends_with_the_plan_for_the_smallest_card_that_fits(fitune: Command
     assert fitune(*expected[2:], "--quick").code == 0
 
 
+def test_a_budget_larger_than_the_card_is_lowered_in_the_next_command(fitune: Commands, workspace: Path) -> None:
+    settings = ("--set", "model.id=llama-3.1-8b", "--set", 'budget.memory="60GiB"')
+    smallest = next(card for card in fitune("gpus", "recipe.toml", "--json", *settings).plans if card["fits"])
+    words = shlex.split(fitune("gpus", "recipe.toml", *settings).out.splitlines()[-1])[2:]
+    (plan,) = fitune(*words, "--quick", "--json").plans
+    assert plan["device"]["name"] == smallest["gpu"]
+    assert plan["strategy"] == smallest["strategy"]
+    assert plan["memory"]["required_bytes"] == smallest["required_bytes"]
+
+
 def test_a_card_in_gpus_needs_what_its_plan_needs(fitune: Commands, workspace: Path) -> None:
     (plan,) = fitune("plan", "--quick", "--json", "recipe.toml").plans
     (card,) = [card for card in fitune("gpus", "--json", "recipe.toml").plans if card["gpu"] == "RTX 4090"]

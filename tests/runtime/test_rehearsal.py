@@ -146,8 +146,9 @@ def test_all_measured_steps_are_met_as_published() -> None:
         (LLAMA, make_strategy("full", weights_dtype="fp32", loss_head="chunked", gradient_checkpointing=True)),
         (LLAMA, make_strategy("qlora", adapter_dropout=0.1)),
         (CONV1D, make_strategy("full")),
+        (CONV1D, make_strategy("qlora")),
     ],
-    ids=["lora", "checkpointed and accumulated", "full in fp32", "qlora with dropout", "gpt2"],
+    ids=["lora", "checkpointed and accumulated", "full in fp32", "qlora with dropout", "gpt2", "gpt2 qlora"],
 )
 def test_repeating_the_middle_layers_gives_the_whole_models_trace(config: dict[str, Any], strategy: Strategy) -> None:
     trace(config, strategy)  # fills the caches that the first trace of a process makes
@@ -269,15 +270,10 @@ def test_a_config_that_cannot_be_built_is_an_error_that_says_so() -> None:
         predict(LLAMA | {"num_key_value_heads": 3}, make_strategy())
 
 
-def test_an_architecture_that_reads_values_of_tensors_is_an_error_that_names_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_architecture_that_reads_values_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
-    forward = modeling_llama.LlamaMLP.forward
-    monkeypatch.setattr(
-        modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, x) if x.sum().item() else forward(self, x)
-    )
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, hidden: hidden * hidden.sum().item())
     with pytest.raises(ModelError, match="LlamaForCausalLM cannot be rehearsed"):
         predict(LLAMA, make_strategy())
 
