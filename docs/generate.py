@@ -1,13 +1,15 @@
-"""Makes the parts of docs/ that come from the software: `python docs/generate.py recipe` and `... images`.
+"""Makes the parts of docs/ that come from the software: `python docs/generate.py recipe`, `... accuracy`, `... images`.
 
 recipe: docs/recipe.md from the recipe's schema.
-images: docs/images/*.svg from real commands, recorded by rich. The run takes minutes; run it on an idle machine.
+accuracy: the tables of docs/accuracy.md and docs/images/accuracy.svg, from all measured rows; takes two minutes.
+images: docs/images' other pictures, from real commands, recorded by rich. The run takes minutes, on an idle machine.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -85,6 +87,10 @@ def make_images() -> None:
     console = _record()
     render_plan(Job(lecture).make_plan(quick=True), console, next_command=f"fitune run {lecture}")
     _save(console, "plan", f"fitune plan {lecture} --quick")
+    timed = "recipes/llama-3.1-8b-lora.toml"
+    console = _record()
+    render_plan(Job(timed).make_plan(quick=False), console, next_command=f"fitune run {timed}")
+    _save(console, "timeline", f"fitune plan {timed}")
     console = _record()
     render_explanation(make_explanation("10B"), console)
     _save(console, "explain", "fitune explain 10B")
@@ -100,13 +106,27 @@ def make_images() -> None:
         _save(console, "report", "fitune report runs/quickstart", hide=f"{scratch}/")
 
 
+def make_accuracy() -> None:
+    """docs/accuracy.md's tables and its plot: every measured row beside what is predicted for it."""
+    from accuracy_page import fill_page, make_parts, make_plot
+
+    from fitune.runtime.accuracy import load_comparisons
+
+    data, page = DOCS.parent / "tests" / "data", DOCS / "accuracy.md"
+    rows = load_comparisons(data / "h100_reference_step.jsonl", data / "architectures.json")
+    page.write_text(fill_page(page.read_text(encoding="utf-8"), make_parts(rows)), encoding="utf-8")
+    (DOCS / "images").mkdir(exist_ok=True)
+    (DOCS / "images" / "accuracy.svg").write_text(make_plot(rows), encoding="utf-8")
+
+
 def _record() -> Console:
     return Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False)
 
 
 def _save(console: Console, name: str, title: str, *, hide: str = "") -> None:
     (DOCS / "images").mkdir(exist_ok=True)
-    svg = console.export_svg(title=title, unique_id=name)
+    # rich's template fetches its font from a network; the reader's own monospace font does as well.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, unique_id=name), flags=re.DOTALL)
     (DOCS / "images" / f"{name}.svg").write_text(svg.replace(hide, "") if hide else svg, encoding="utf-8")
 
 
@@ -114,7 +134,9 @@ if __name__ == "__main__":
     what = sys.argv[1:]
     if what == ["recipe"]:
         (DOCS / "recipe.md").write_text(make_recipe_reference(), encoding="utf-8")
+    elif what == ["accuracy"]:
+        make_accuracy()
     elif what == ["images"]:
         make_images()
     else:
-        sys.exit("usage: python docs/generate.py recipe|images")
+        sys.exit("usage: python docs/generate.py recipe|accuracy|images")

@@ -66,7 +66,7 @@ def list_warnings(
             f"rows of {data.longest_row_tokens:,} tokens are longer than the {longest:,} that the model was made for"
         )
     if strategy.compile:
-        texts.append("train.compile: memory is planned as for the eager step; compiled layers need about as much")
+        texts.append("train.compile: memory is planned as for the eager step, with a margin of 20 % more")
     return (*texts, *list_version_warnings(versions))
 
 

@@ -66,6 +66,11 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
             'model.attention: "flash_attention_2" needs a GPU of compute capability 8.0 or more, and this plan is for '
             f'{device.name}: use "sdpa"'
         )
+    if recipe.train.compile is True and method == "qlora":
+        raise PlanError(
+            "train.compile: compiled 4-bit layers keep their dequantised weights (29 GiB against 10 measured for an 8B "
+            'model): leave it out, or use method.kind = "lora"'
+        )
     compute: Dtype = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     asked = recipe.model.dtype
     if asked == "auto":

@@ -13,7 +13,7 @@ from .explain_tables import format_gb, format_short_gb, make_note, make_table
 from .lecture import Explanation
 from .lecture_memory import LORA_BYTES_PER_PARAMETER, AdapterAccount, FullCost, LargestBatch
 from .reasons import METHOD_NAMES, OPTIMIZER_NAMES
-from .render import COMPONENT_COLORS
+from .render_timeline import COMPONENT_COLORS
 
 BAR_WIDTH = 16
 

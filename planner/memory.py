@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .strategy import Value
 
@@ -46,11 +46,68 @@ class Components(Value):
 class Phase(Value):
     """A phase of the run and the highest memory in it.
 
-    name: load, forward, backward, clip, optimizer, evaluate, save or merge
+    name:       load, forward, backward, clip, optimizer, evaluate, save or merge
+    peak_allocated_bytes: live tensors on the device, bytes, 0 or more
+    host_bytes: resident RAM of the process at its highest, bytes; while weights are read their file counts too, of
+                which the kernel takes back what it needs; None where it is not estimated
+    disk_bytes: what it adds to the files of the run, bytes, 0 or more; None where it is not estimated
     """
 
     name: str
     peak_allocated_bytes: int = Field(ge=0)
+    host_bytes: int | None = Field(default=None, ge=0)
+    disk_bytes: int | None = Field(default=None, ge=0)
+
+
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class TimelinePoint(NamedTuple):
+    """One instant of a step: the index of its phase in Timeline.phases, and the live bytes of each component."""
+
+    phase: Bytes
+    weights: Bytes
+    adapters: Bytes
+    gradients: Bytes
+    optimizer: Bytes
+    activations: Bytes
+    loss_head: Bytes
+    temporary: Bytes
+
+    @property
+    def live_bytes(self) -> tuple[int, ...]:
+        """Live bytes by component, in the order of `Components`."""
+        return self[1:]
+
+    @property
+    def total(self) -> int:
+        """The sum of all components, bytes."""
+        return sum(self.live_bytes)
+
+
+class Timeline(Value):
+    """Live tensors over one optimizer step: of each of about 240 equal parts of its allocations and frees the highest
+    instant. The highest of all is the run's peak_allocated_bytes.
+
+    phases:        names that the points refer to
+    micro_batches: forward and backward passes of the step; the first one and the highest of the others are shown
+    points:        in the order of the step
+    """
+
+    phases: tuple[str, ...]
+    micro_batches: int = Field(ge=1)
+    points: tuple[TimelinePoint, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Timeline:
+        if any(point.phase >= len(self.phases) for point in self.points):
+            raise ValueError(f"a point's phase is not one of the {len(self.phases)} phases")
+        return self
+
+    @property
+    def peak(self) -> TimelinePoint:
+        """The highest point; the first of several."""
+        return max(self.points, key=lambda point: point.total)
 
 
 class Memory(Value):
@@ -68,6 +125,7 @@ class Memory(Value):
     components:           what is live at the peak; they add up to peak_allocated_bytes
     phases:               each phase's own peak, in the order of a run
     estimator:            what these figures come from: a rehearsal of the step, or closed forms
+    timeline:             live tensors over the step as rehearsed; None for closed forms
     """
 
     peak_allocated_bytes: int = Field(ge=0)
@@ -82,3 +140,4 @@ class Memory(Value):
     components: Components
     phases: tuple[Phase, ...]
     estimator: Estimator = "closed_forms"
+    timeline: Timeline | None = None

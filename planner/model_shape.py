@@ -102,6 +102,7 @@ class ModelShape:
     logit_softcap:         logits become softcap * tanh(logits / softcap); None without
     attention_softcap:     the same for attention scores
     logit_scale:           logits are multiplied with it; None without
+    is_guess:              whether the closed forms take it for a plain decoder, as they lack its family
     """
 
     model_type: str
@@ -134,6 +135,7 @@ class ModelShape:
     logit_softcap: float | None
     attention_softcap: float | None
     logit_scale: float | None
+    is_guess: bool = False
 
     @cached_property
     def linears(self) -> tuple[tuple[LinearShape, int], ...]:

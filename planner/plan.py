@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -13,9 +13,12 @@ from pydantic import Field
 from ..recipes.errors import PlanError
 from ..recipes.load import RecipeFile
 from ..recipes.schema import Recipe
+from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
-from .estimate import estimate_memory
+from .estimate import estimate_memory, estimate_weight_files, find_margin
+from .files import FilesOf, RunFiles, count_checkpoints, estimate_beside_weights, lay_files
+from .host import lay_host
 from .memory import Estimator, Memory
 from .reasons import describe_rejection, find_largest_term
 from .search import Candidate, Found, Measure, list_budgets, search, walk_strategies
@@ -124,6 +127,9 @@ class PlanInputs:
     device:        the one to plan for
     data:          what is known of the rows
     versions:      of the installed libraries
+    files_of:      the exact files of a strategy, None where only closed forms are wanted
+    stored_bytes:  size of the model's weight files, None where they are not here
+    tokenizer_bytes: size of its tokenizer's files, None where they are not here
     """
 
     recipe_file: RecipeFile
@@ -134,6 +140,9 @@ class PlanInputs:
     device: Device
     data: DataFacts
     versions: Mapping[str, str]
+    files_of: FilesOf | None = None
+    stored_bytes: int | None = None
+    tokenizer_bytes: int | None = None
 
 
 def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reasons: bool = True) -> Plan:
@@ -146,8 +155,9 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reason
     recipe, device, shape = inputs.recipe_file.recipe, inputs.device, inputs.shape
     _check_length(recipe, shape)
     length = inputs.data.longest_row_tokens
-    quick = make_closed_form_measure(shape, device, length, merge=recipe.output.merge)
-    found = search(walk_strategies(recipe, device, shape, length), device, quick=quick, exact=measure)
+    quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
+    exact = None if measure is None else _complete(measure, inputs)
+    found = search(walk_strategies(recipe, device, shape, length), device, quick=quick, exact=exact)
     return _write_plan(inputs, found, with_reasons=with_reasons)
 
 
@@ -159,6 +169,31 @@ def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length:
         return estimate_memory(shape, strategy, device, sequence_length=sequence_length, merge=merge)
 
     return measure
+
+
+def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
+    """The measure, with RAM and files by phase."""
+    recipe, shape, length = inputs.recipe_file.recipe, inputs.shape, inputs.data.longest_row_tokens
+    checkpoints = count_checkpoints(recipe.output.save_every, count_planned_steps(recipe, inputs.data.rows))
+    beside_bytes = estimate_beside_weights(shape.vocab_size, inputs.tokenizer_bytes)
+
+    def complete(strategy: Strategy) -> Memory:
+        weights = None if inputs.files_of is None else inputs.files_of(strategy)
+        if weights is None:
+            weights = estimate_weight_files(shape, strategy, merge=recipe.output.merge)
+        files = RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=checkpoints)
+        memory = lay_files(measure(strategy), files)
+        return lay_host(
+            memory,
+            shape,
+            strategy,
+            inputs.device,
+            sequence_length=length,
+            weights=weights,
+            stored_bytes=inputs.stored_bytes,
+        )
+
+    return complete
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:
@@ -178,8 +213,7 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
     if with_reasons and not found.fits:
         advice = list_advice(recipe, inputs.device, shape, strategy, memory, data)
     warnings = list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions)
-    if found.failure is not None:
-        warnings = (*warnings, f"planned with closed forms, because the step could not be rehearsed: {found.failure}")
+    warnings = (*warnings, *_describe_closed_forms(found, shape, inputs.device))
     return Plan(
         recipe=inputs.recipe_path,
         overrides=inputs.overrides,
@@ -203,6 +237,18 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
         rejected=losers,
         versions=dict(inputs.versions),
     )
+
+
+def _describe_closed_forms(found: Found, shape: ModelShape, device: Device) -> Iterator[str]:
+    """Why a plan is less exact than others, and the margin that it has instead."""
+    if found.closest.memory.estimator != "closed_forms":
+        return
+    share, extra_bytes = find_margin(shape, found.closest.strategy, device)
+    margin = f"{share:.0%}" + (f" and {format_bytes(extra_bytes)}" if extra_bytes else "")
+    if found.failure is not None:
+        yield f"planned with closed forms and a margin of {margin}: the step could not be rehearsed: {found.failure}"
+    elif shape.is_guess:
+        yield f"planned with closed forms of a plain decoder and a margin of {margin}: {shape.model_type} has none"
 
 
 def count_planned_steps(recipe: Recipe, rows: int | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -14,26 +14,9 @@ from ..recipes.units import format_bytes, format_count
 from .memory import Memory
 from .plan import Plan, Rejected
 from .reasons import METHOD_NAMES, OPTIMIZER_NAMES
-from .strategy import Device
+from .render_timeline import COMPONENT_COLORS, COMPONENT_WORDS, render_timeline
+from .strategy import Device, Strategy
 
-COMPONENT_COLORS = {
-    "weights": "blue",
-    "adapters": "cyan",
-    "gradients": "magenta",
-    "optimizer": "yellow",
-    "activations": "green",
-    "loss_head": "red",
-    "temporary": "bright_black",
-}
-COMPONENT_WORDS = {
-    "weights": "weights",
-    "adapters": "adapters",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations",
-    "loss_head": "loss head",
-    "temporary": "short-lived buffers",
-}
 METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 BAR_WIDTH = 28
 
@@ -42,7 +25,7 @@ def render_plan(plan: Plan, console: Console, *, next_command: str | None = None
     """Print a plan; `next_command` is what to type now."""
     title = Text.assemble("Plan for ", (plan.recipe, "bold"))
     console.print(Panel(_render_head(plan), title=title, title_align="left", expand=False))
-    console.print(_render_memory(plan, bar="#" if console.options.ascii_only else "█"))
+    console.print(_render_memory(plan, console))
     if plan.rejected:
         console.print(_render_rejected(plan.rejected))
     for warning in plan.warnings:
@@ -56,13 +39,23 @@ def render_plan(plan: Plan, console: Console, *, next_command: str | None = None
 
 
 def _render_head(plan: Plan) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bright_black")
+    table.add_column(overflow="fold")
+    for name, text in describe_facts(plan):
+        table.add_row(name, Text(text))
+    return table
+
+
+def describe_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What would run, on what, with which rows: (name, text)."""
     strategy, parameters = plan.strategy, plan.parameters
     share = 100 * parameters.trainable / parameters.total
     rows, length = plan.data.rows, f"rows of at most {plan.data.sequence_length:,} tokens"
     data = length if rows is None else f"{rows:,} {length} ({plan.data.source})"
     steps = "" if plan.data.steps is None else f", {plan.data.steps:,} optimizer steps"
     batch = strategy.micro_batch_size * strategy.gradient_accumulation_steps
-    lines = [
+    return [
         ("model", f"{plan.model.id} ({plan.model.model_type}, {format_count(parameters.total)} parameters)"),
         ("device", _describe_device(plan.device)),
         ("method", f"{METHOD_NAMES[strategy.method]}, {format_count(parameters.trainable)} trainable ({share:.2f} %)"),
@@ -75,12 +68,6 @@ def _render_head(plan: Plan) -> RenderableType:
         ("optimizer", f"{OPTIMIZER_NAMES[strategy.optimizer]}, learning rate {strategy.learning_rate:g}"),
         ("data", f"{data}{steps}"),
     ]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bright_black")
-    table.add_column(overflow="fold")
-    for name, text in lines:
-        table.add_row(name, Text(text))
-    return table
 
 
 def _describe_device(device: Device) -> str:
@@ -110,9 +97,12 @@ def _describe_savings(plan: Plan) -> str:
     return f"{checkpointing}{offloaded}, {head}{compiled}, {attention}{expandable}"
 
 
-def _render_memory(plan: Plan, *, bar: str) -> RenderableType:
-    """Components at the peak with bars, then the way from the allocated peak to what is required."""
-    memory = plan.memory
+def _render_memory(plan: Plan, console: Console) -> RenderableType:
+    """Components at the peak with bars, then the way from the allocated peak to what is required, and the timeline.
+
+    The timeline's highest point is the peak of live tensors, and its components add up to it.
+    """
+    memory, bar = plan.memory, "#" if console.options.ascii_only else "█"
     table = Table(
         title=f"Memory at its peak: {memory.peak_phase}", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
@@ -125,13 +115,22 @@ def _render_memory(plan: Plan, *, bar: str) -> RenderableType:
             share = Text(bar * round(BAR_WIDTH * size / total), style=COMPONENT_COLORS[name])
             table.add_row(COMPONENT_WORDS[name], _gib(size), share)
     table.add_section()
-    table.add_row("peak of live tensors", _gib(memory.peak_allocated_bytes), "")
-    if memory.peak_reserved_bytes is not None:
-        table.add_row("reserved by the allocator", _gib(memory.peak_reserved_bytes), "")
-    table.add_row(_describe_device_bytes(plan), _gib(memory.peak_device_bytes), _describe_constant(plan.device))
-    table.add_row("with the estimate's margin", _gib(memory.required_bytes), "")
-    table.add_row("budget", _gib(memory.budget_bytes), "")
-    return Group(table, _render_phases(memory), Text())
+    for name, size, note in list_figures(plan):
+        table.add_row(name, _gib(size), note)
+    timeline = [] if memory.timeline is None else [render_timeline(memory, memory.timeline, console)]
+    return Group(table, *timeline, _render_phases(memory, bar), Text())
+
+
+def list_figures(plan: Plan) -> list[tuple[str, int, str]]:
+    """The way from the peak of live tensors to the budget: (name, bytes, where it comes from)."""
+    memory, reserved = plan.memory, plan.memory.peak_reserved_bytes
+    return [
+        ("peak of live tensors", memory.peak_allocated_bytes, ""),
+        *([] if reserved is None else [("reserved by the allocator", reserved, "")]),
+        (_describe_device_bytes(plan), memory.peak_device_bytes, _describe_constant(plan.device)),
+        ("with the estimate's margin", memory.required_bytes, ""),
+        ("budget", memory.budget_bytes, ""),
+    ]
 
 
 def _describe_device_bytes(plan: Plan) -> str:
@@ -145,18 +144,36 @@ def _describe_constant(device: Device) -> str:
     return "" if device.beside is None else f"{format_bytes(device.beside.bytes)} beside: {device.beside.source}"
 
 
-def _render_phases(memory: Memory) -> RenderableType:
-    """Each phase's own peak, and what the run needs beside the device."""
+def _render_phases(memory: Memory, bar: str) -> RenderableType:
+    """Each phase's own peak, with a bar where there is no timeline, and what the run needs beside the device."""
     shown = [phase for phase in memory.phases if phase.peak_allocated_bytes]
-    phases = [f"{phase.name:<9} {_gib(phase.peak_allocated_bytes):>6}" for phase in shown]
+    words = [f"{phase.name:<9} {_gib(phase.peak_allocated_bytes):>6}" for phase in shown]
+    phases: RenderableType = Columns(words, padding=(0, 2))
+    if memory.timeline is None:
+        most = max([phase.peak_allocated_bytes for phase in shown], default=1)
+        widths = [round(BAR_WIDTH * phase.peak_allocated_bytes / most) for phase in shown]
+        phases = Group(*(Text(f"{text}  {bar * width}") for text, width in zip(words, widths, strict=True)))
     beside = f"RAM {format_bytes(memory.host_bytes)}, disk {format_bytes(memory.disk_bytes)}"
     title = Text("Live tensors by phase, GiB", style="italic")
-    return Group(Text(), title, Columns(phases, padding=(0, 2)), Text(), Text(beside))
+    return Group(Text(), title, phases, Text(), Text(beside), *_describe_beside(memory))
+
+
+def _describe_beside(memory: Memory) -> Iterator[Text]:
+    """RAM and files phase by phase, those of the step together; nothing where they are not estimated."""
+    hosts: dict[str, int] = {}
+    for phase in memory.phases:
+        if phase.host_bytes:
+            name = phase.name if phase.name in ("load", "evaluate", "save", "merge") else "step"
+            hosts[name] = max(hosts.get(name, 0), phase.host_bytes)
+    files = {phase.name: phase.disk_bytes for phase in memory.phases if phase.disk_bytes}
+    for what, sizes in (("RAM", hosts), ("files", files)):
+        if sizes:
+            yield Text(f"{what} by phase: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items()))
 
 
 def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:
     """Of the many rejected candidates, which differ in little, the one of each kind that came closest."""
-    closest = _closest_of_each_kind(rejected)
+    closest = closest_of_each_kind(rejected)
     many = "1 candidate" if len(rejected) == 1 else f"{len(rejected)} candidates"
     title = f"Rejected: {many}" + ("" if len(closest) == len(rejected) else "; of each kind the closest")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -170,13 +187,11 @@ def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:
     return Group(table, Text())
 
 
-def _closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
+def closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
+    """Method, weights and checkpointing, to the candidate that misses by the least."""
     closest: dict[str, Rejected] = {}
     for one in rejected:
-        strategy = one.strategy
-        weights = "" if strategy.method == "qlora" else f" {strategy.weights_dtype}"
-        checkpointing = ", checkpointed" if strategy.gradient_checkpointing else ""
-        kind = f"{METHOD_WORDS[strategy.method]}{weights}{checkpointing}"
+        kind = _describe_kind(one.strategy)
         if kind not in closest or one.needed_bytes - one.budget_bytes < (
             closest[kind].needed_bytes - closest[kind].budget_bytes
         ):
@@ -184,13 +199,30 @@ def _closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
     return closest
 
 
-def _render_verdict(plan: Plan) -> Text:
+def _describe_kind(strategy: Strategy) -> str:
+    weights = "" if strategy.method == "qlora" else f" {strategy.weights_dtype}"
+    checkpointing = ", checkpointed" if strategy.gradient_checkpointing else ""
+    return f"{METHOD_WORDS[strategy.method]}{weights}{checkpointing}"
+
+
+def describe_candidate(strategy: Strategy) -> str:
+    """What tells a candidate from the others, in a line."""
+    optimizer = OPTIMIZER_NAMES[strategy.optimizer]
+    return f"{_describe_kind(strategy)}, {strategy.micro_batch_size} at a time, {strategy.loss_head} head, {optimizer}"
+
+
+def describe_verdict(plan: Plan) -> tuple[str, str]:
+    """(whether it fits, by how much)."""
     memory = plan.memory
     needs = f"{_gib(memory.required_bytes)} of {_gib(memory.budget_bytes)} GiB"
     if plan.fits:
-        spare = _gib(memory.budget_bytes - memory.required_bytes)
-        return Text.assemble(("fits: ", "bold green"), f"{needs}, {spare} GiB to spare")
-    return Text.assemble(("nothing fits: ", "bold red"), f"the closest candidate needs {needs}")
+        return "fits", f"{needs}, {_gib(memory.budget_bytes - memory.required_bytes)} GiB to spare"
+    return "nothing fits", f"the closest candidate needs {needs}"
+
+
+def _render_verdict(plan: Plan) -> Text:
+    verdict, needs = describe_verdict(plan)
+    return Text.assemble((f"{verdict}: ", "bold green" if plan.fits else "bold red"), needs)
 
 
 def _gib(size: int) -> str:

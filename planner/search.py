@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..recipes.errors import ModelError, PlanError
+from ..recipes.errors import PlanError, TraceError
 from ..recipes.schema import Recipe
 from .candidates import list_methods, list_strategies, order_key
 from .memory import Memory
@@ -22,7 +22,7 @@ class Measure(Protocol):
     """Predicts the memory of a strategy; closed forms or, from the runtime, a rehearsal of the step."""
 
     def __call__(self, strategy: Strategy) -> Memory:
-        """The memory of a run of `strategy`; ModelError where the model cannot be rehearsed."""
+        """The memory of a run of `strategy`; TraceError where the model cannot be rehearsed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class _Judge:
             return memory
         try:
             exact = self._exact(strategy)
-        except ModelError as error:
+        except TraceError as error:
             self._exact, self.failure = None, str(error)
             return memory
         self._factors[_kind(strategy)] = exact.required_bytes / memory.peak_device_bytes

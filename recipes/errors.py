@@ -3,6 +3,7 @@
 FituneError                   exit code 1, one clear message, never a traceback
 ├── RecipeError               a recipe that cannot be read or is invalid: all its problems at once
 ├── ModelError                a model that does not exist, cannot be reached, or cannot be trained
+│   └── TraceError            a model that can be built and whose step cannot be rehearsed
 ├── DataError                 a dataset that is missing, empty, or has a bad row (file and line)
 ├── PlanError                 a plan file that is malformed or stale
 ├── DeviceError               hardware that was asked for and is not there
@@ -47,6 +48,10 @@ class RecipeError(FituneError):
 
 class ModelError(FituneError):
     """A model that does not exist, cannot be reached offline, or whose architecture cannot be handled."""
+
+
+class TraceError(ModelError):
+    """A model that transformers builds and whose step cannot be rehearsed: the closed forms remain."""
 
 
 class DataError(FituneError):

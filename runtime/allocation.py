@@ -13,3 +13,15 @@ def use_expandable_segments() -> None:
     """
     settings = [torch._C._accelerator_getAllocatorSettings(), "expandable_segments:True"]
     torch._C._accelerator_setAllocatorSettings(",".join(one for one in settings if one))
+
+
+def limit_allocator(budget_bytes: int, beside_bytes: int) -> None:
+    """Keep the allocator within the budget: at the limit it releases cached segments and tries again before it fails.
+
+    So a run that was planned too tightly never takes what others hold. Not tested on a GPU yet.
+
+    budget_bytes: what the run may use of the card
+    beside_bytes: of which so much is not the allocator's: context, kernels, managed memory
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_bytes - beside_bytes, 1) / total))

@@ -86,6 +86,7 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
         )
     if strategy.method == "qlora":
         keep_cpu_weights_trainable(base)
+        release_file(base)
     return base
 
 
@@ -123,6 +124,16 @@ def keep_cpu_weights_trainable(base: nn.Module) -> None:
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def release_file(base: nn.Module) -> None:
+    """Copy the tensors that are still views of the weights' file: on a CPU one alone keeps all of it in memory.
+
+    safetensors maps the file; only where every weight is such a view, in 16 bits, is the file the model's own memory.
+    """
+    for parameter in base.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def add_adapters(base: Any, strategy: Strategy, *, alpha: int | None, adapter: Path | None) -> nn.Module:

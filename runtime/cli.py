@@ -51,6 +51,9 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `fitune run plan.json`.")
 @click.option(
+    "--html", type=click.Path(dir_okay=False), help="Write the plan and the step's timeline as one HTML page."
+)
+@click.option(
     "--sweep",
     multiple=True,
     metavar="KEY=V1,V2 [KEY=V1,V2...]",
@@ -63,6 +66,7 @@ def plan(
     as_json: bool,
     quick: bool,
     output: str | None,
+    html: str | None,
     sweep: tuple[str, ...],
     what_fits: bool,
 ) -> None:
@@ -70,14 +74,14 @@ def plan(
     if sweep or what_fits:
         from .views import show_view
 
-        if output is not None or (sweep and what_fits):
-            raise click.UsageError("--sweep, --what-fits and -o exclude each other")
+        if output is not None or html is not None or (sweep and what_fits):
+            raise click.UsageError("--sweep, --what-fits, and -o or --html exclude each other")
         sys.exit(show_view(recipes, overrides, sweep, console, as_json=as_json))
     from ..planner.render import render_plan
     from .planning import Job
 
-    if output is not None and len(recipes) != 1:
-        raise click.UsageError("-o saves one plan: give one recipe")
+    if (output is not None or html is not None) and len(recipes) != 1:
+        raise click.UsageError("-o and --html write one plan: give one recipe")
     codes = [0]
     for path in recipes:
         try:
@@ -88,6 +92,10 @@ def plan(
             continue
         if output is not None:
             _write_text(Path(output), made.model_dump_json(indent=2) + "\n")
+        if html is not None:
+            from ..planner.html import render_page
+
+            _write_text(Path(html), render_page(made))
         codes.append(0 if made.fits else EXIT_NOTHING_FITS)
         if as_json:
             click.echo(made.model_dump_json())

@@ -13,16 +13,38 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..planner.families import FAMILIES
 from ..planner.shape import BlockShape, LinearShape, ModelShape
 from ..recipes.errors import ModelError
 from .build import find_layers
 from .quiet import quiet_libraries
+
+REQUIRED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_dim")
+COUNTS = ("layer", "layers", "blocks", "depth", "heads", "head", "experts")
+"""Endings of a config's keys that say how many modules, or entries of a list, a model is built of."""
+MOST = 10_000
+LARGEST = 2**31 - 1
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """ModelError for a number that is no size of any model: transformers would build its layers for hours."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_sizes(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        limit = MOST if key.endswith(COUNTS) else LARGEST
+        if value > limit:
+            raise ModelError(f"config.json: {key}: {value} is not a whole number of at most {limit:,}")
+        if value < 1 and key in REQUIRED:
+            raise ModelError(f"config.json: {key}: {value} is not a whole number of 1 or more")
 
 
 def build_meta_model(config: Mapping[str, Any]) -> Any:
     """The causal language model of a config, without memory; ModelError where transformers cannot build it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_sizes(config)
     values = dict(config)
     model_type = str(values.pop("model_type"))
     try:
@@ -43,7 +65,7 @@ def make_shape_of_model(config: Mapping[str, Any]) -> ModelShape:
     text = model.config.get_text_config()
     try:
         return _read_shape(model, text)
-    except (AttributeError, TypeError, AssertionError, ZeroDivisionError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"config.json: {text.model_type} is no causal language model of decoder layers: {error}"
         ) from error
@@ -61,6 +83,12 @@ def _read(text: Any, *names: str) -> Any:
     return None
 
 
+def _read_count(text: Any, *names: str) -> int | None:
+    """The same for a number of 1 or more."""
+    value = _read(text, *names)
+    return value if isinstance(value, int) and value >= 1 else None
+
+
 def _read_shape(model: Any, text: Any) -> ModelShape:
     layers = find_layers(model)
     blocks = Counter(_read_block(layer) for layer in layers)
@@ -70,7 +98,7 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
     counted = inside + embeddings.weight.numel() + (0 if tied else head.weight.numel())
     counted += 0 if head.bias is None else head.bias.numel()
     hidden = int(embeddings.weight.shape[1])
-    heads = int(_read(text, "num_attention_heads") or 1)
+    heads = _read_count(text, "num_attention_heads") or 1
     names = [name for name, _ in layers[0].named_modules()]
     rms = any("rms" in type(module).__name__.lower() for module in layers[0].modules())
     return ModelShape(
@@ -78,11 +106,11 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
         hidden_size=hidden,
         layers=len(layers),
         heads=heads,
-        kv_heads=_read(text, "num_key_value_heads") or heads,
-        head_dim=_read(text, "head_dim") or hidden // heads,
-        intermediate_size=_read(text, "moe_intermediate_size", "intermediate_size") or 4 * hidden,
+        kv_heads=_read_count(text, "num_key_value_heads") or heads,
+        head_dim=_read_count(text, "head_dim") or hidden // heads,
+        intermediate_size=_read_count(text, "moe_intermediate_size", "intermediate_size") or 4 * hidden,
         vocab_size=embeddings.weight.shape[0],
-        max_positions=_read(text, "max_position_embeddings"),
+        max_positions=_read_count(text, "max_position_embeddings"),
         has_learned_positions=False,
         blocks=tuple(_repeat(block, count) for block, count in blocks.items()),
         embedding_parameters=embeddings.weight.numel(),
@@ -96,8 +124,8 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
         norm="rmsnorm" if rms else "layernorm",
         norms_per_block=sum(1 for name in names if "norm" in name.rsplit(".", 1)[-1] and "." not in name) or 2,
         qk_norm=any(name.endswith(("q_norm", "k_norm")) for name in names),
-        experts=_read(text, "num_local_experts", "num_experts"),
-        experts_per_token=_read(text, "num_experts_per_tok"),
+        experts=_read_count(text, "num_local_experts", "num_experts"),
+        experts_per_token=_read_count(text, "num_experts_per_tok"),
         shared_expert_intermediate_size=None,
         parallel_residual=False,
         embedding_dropout=0.0,
@@ -106,6 +134,7 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
         logit_softcap=_read(text, "final_logit_softcapping"),
         attention_softcap=None if type(model)._supports_sdpa else 1.0,
         logit_scale=None,
+        is_guess=text.model_type not in FAMILIES,
     )
 
 

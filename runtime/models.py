@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -194,6 +194,20 @@ def _download(source: ModelSource) -> Path:
         return snapshot_download(hub_id, revision=revision, allow_patterns=list(sizes))
 
     return Path(_ask_hub(hub_id, revision, download))
+
+
+def measure_tokenizer_bytes(folder: Path | None) -> int | None:
+    """Size of the tokenizer's files in a model's folder; None where it has none."""
+    return None if folder is None else _sum_sizes(folder / name for name in TOKENIZER_FILES)
+
+
+def measure_stored_bytes(folder: Path | None) -> int | None:
+    """Size of the weight files in a model's folder; None where it has none."""
+    return None if folder is None else _sum_sizes(one for kind in WEIGHT_FILES for one in folder.glob(kind))
+
+
+def _sum_sizes(paths: Iterable[Path]) -> int | None:
+    return sum(path.stat().st_size for path in paths if path.is_file()) or None
 
 
 def has_all_weights(folder: Path) -> bool:

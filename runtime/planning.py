@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..planner.catalog import find_gpu
+from ..planner.files import FilesOf
 from ..planner.plan import Plan, PlanInputs, make_plan
 from ..planner.search import Measure
 from ..planner.shape import ModelShape, is_known_family, make_shape
@@ -20,7 +21,14 @@ from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
 from .devices import probe_device
-from .models import ModelSource, find_model_source, has_local_tokenizer, load_tokenizer
+from .models import (
+    ModelSource,
+    find_model_source,
+    has_local_tokenizer,
+    load_tokenizer,
+    measure_stored_bytes,
+    measure_tokenizer_bytes,
+)
 from .rows import Row, load_rows
 from .tokens import TokenizedRows, tokenize_rows
 from .versions import find_versions
@@ -158,7 +166,19 @@ class Job:
             device=device or self.probe_device(),
             data=self.find_data_facts(quick=quick),
             versions=find_versions(),
+            files_of=None if quick else self.files_of,
+            stored_bytes=measure_stored_bytes(self.source.folder),
+            tokenizer_bytes=measure_tokenizer_bytes(self.source.folder),
         )
+
+    @cached_property
+    def files_of(self) -> FilesOf | None:
+        """The weights that a run writes, to the byte; None on a machine without torch."""
+        try:
+            from .files import make_files_of
+        except ImportError:
+            return None
+        return make_files_of(self.source.config, merge=self.recipe_file.recipe.output.merge)
 
     def probe_device(self) -> Device:
         """The device that the recipe's budget names, or else what this machine has."""

@@ -8,15 +8,16 @@ from typing import Any
 
 from ..planner.allocator import CachingAllocator
 from ..planner.catalog import find_gpu
-from ..planner.estimate import CUDA_HOST_BYTES, estimate_memory
+from ..planner.estimate import COMPILED_MARGIN, CUDA_HOST_BYTES, estimate_memory
 from ..planner.families import FAMILIES
 from ..planner.memory import PHASES, Components, Memory, Phase
 from ..planner.search import Measure
 from ..planner.shape import make_shape
 from ..planner.strategy import Device, Strategy
+from ..planner.timeline import EventLog, make_timeline
 from ..recipes.errors import DeviceError, ModelError
 from .rehearse_cuda import CudaCard
-from .rehearse_replay import Replay
+from .rehearse_replay import Replay, keep_highest
 from .rehearse_states import replay_adapters, replay_clip, replay_optimizer, replay_weights
 from .rehearse_trace import TracedStep, trace_step
 
@@ -97,16 +98,21 @@ def replay_run(traced: TracedStep, strategy: Strategy, *, limit_bytes: int | Non
     replay_weights(replay, model, strategy)
     replay_adapters(replay, model)
     for step in range(STEPS):
+        logs: list[EventLog] = []
         for micro_batch in range(strategy.gradient_accumulation_steps):
+            log = replay.start_log()
             for segment in traced.next if micro_batch else traced.first:
                 if segment.name in ("forward", "backward"):
                     replay.enter(segment.name)
                 replay.play(segment.events, traced.recording, prefix=step)
+            logs = keep_highest(logs, log)
+        update = replay.start_log()
         replay.enter("clip")
         replay_clip(replay, trainable)
         replay.enter("optimizer")
         replay_optimizer(replay, trainable, strategy, first=step == 0)
         replay.free_all(step)
+        replay.keep_step([*logs, update])
     return replay
 
 
@@ -127,7 +133,7 @@ def _summarise(
         peak_reserved_bytes=reserved,
         managed_bytes=replay.managed_bytes,
         peak_device_bytes=device_bytes,
-        required_bytes=int(device_bytes * (1 + DEVICE_MARGIN)),
+        required_bytes=int(device_bytes * (1 + DEVICE_MARGIN + (COMPILED_MARGIN if strategy.compile else 0.0))),
         budget_bytes=device.budget_bytes,
         host_bytes=quick.host_bytes if quick else CUDA_HOST_BYTES + max(trained, merged),
         disk_bytes=quick.disk_bytes if quick else trained + merged,
@@ -135,4 +141,5 @@ def _summarise(
         components=Components(**peak.components),
         phases=tuple(Phase(name=name, peak_allocated_bytes=allocated[name]) for name in PHASES if name in allocated),
         estimator="rehearsal",
+        timeline=make_timeline(replay.step_logs, micro_batches=strategy.gradient_accumulation_steps),
     )

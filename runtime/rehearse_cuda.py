@@ -28,6 +28,11 @@ TAKES_DTYPE = frozenset(
     | {torch.sum, _T.sum, torch.cumsum, _T.cumsum, torch.prod, _T.prod, torch.cumprod, _T.cumprod}
 )
 """Functions that CUDA's autocast calls with dtype=float32 unless one is given (AT_FORALL_FP32_SET_OPT_DTYPE)."""
+GROUPED = frozenset(
+    getattr(module, name) for module, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(module, name)
+)
+"""The matrix products of all experts. On CUDA those in fp16 and fp32 work too, one expert at a time, with the same
+results in memory; on fakes torch refuses them, and transformers' stand-in has them."""
 HALF = (torch.bfloat16, torch.float16)
 FUSED_4BIT_ROWS = 32
 """Rows up to which bitsandbytes' fused 4-bit kernel runs whatever the weight's shape; beyond it depends on the card."""
@@ -82,6 +87,8 @@ class CudaFunctions(TorchFunctionMode):
             return attend(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
+        if func in GROUPED and args[1].dtype is not torch.bfloat16:
+            return _multiply_grouped(*args, **kwargs)
         if func in CASTS_INPUTS or func in TAKES_DTYPE:
             return _widen(func, args, kwargs)
         return func(*args, **kwargs)
@@ -107,6 +114,10 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if p == 0 or not training:
         return input
     return torch.native_dropout(input, p, True)[0]
+
+
+def _multiply_grouped(input: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__: Any) -> Any:
+    return torch.ops.transformers.grouped_mm_fallback(input, weight, offs)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..planner.strategy import Strategy
-from ..recipes.errors import ModelError
+from ..recipes.errors import TraceError
 from .losses import compute_loss
 from .offload import OffloadHooks, offload_decoder
 from .rehearse_cuda import CudaCard, cuda_semantics
@@ -47,12 +47,10 @@ def trace_step(
 ) -> TracedStep:
     """Trace a step; cut: trace few layers and repeat the middle ones' events. Compiled layers are traced eagerly."""
     strategy = strategy.model_copy(update={"compile": False})
-    model = build_rehearsal_model(config, strategy, cut=cut)
-    try:
+    with _trace_errors(config["model_type"]):
+        model = build_rehearsal_model(config, strategy, cut=cut)
+    with _trace_errors(type(model.base).__name__):
         recording, boundaries = _record(model, strategy, card, sequence_length)
-    except UNTRACEABLE as error:
-        kind = type(model.base).__name__
-        raise ModelError(f"config.json: {kind} cannot be rehearsed: {type(error).__name__}: {error}") from error
     segments = split_segments(recording, model.cut)
     try:
         segments = extend(recording, segments, model.cut)
@@ -67,6 +65,14 @@ def trace_step(
         first=[one for one in first if one.name != "build"],
         next=segments[starts[1] :] if boundaries > 1 else [],
     )
+
+
+@contextlib.contextmanager
+def _trace_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UNTRACEABLE as error:
+        raise TraceError(f"config.json: {name} cannot be rehearsed: {type(error).__name__}: {error}") from error
 
 
 def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_length: int) -> tuple[Recording, int]:

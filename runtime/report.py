@@ -160,7 +160,10 @@ def list_phase_peaks(plan: Plan, report: RunReport) -> list[PhasePeaks]:
     """Each phase of the run that the plan knows, predicted and measured."""
     is_cpu = plan.device.kind == "cpu"
     process_bytes = plan.memory.peak_device_bytes - plan.memory.peak_allocated_bytes if is_cpu else 0
-    predicted = {phase.name: phase.peak_allocated_bytes + process_bytes for phase in plan.memory.phases}
+    predicted = {
+        phase.name: phase.host_bytes if is_cpu and phase.host_bytes else phase.peak_allocated_bytes + process_bytes
+        for phase in plan.memory.phases
+    }
     return [
         PhasePeaks(
             name=phase.name,

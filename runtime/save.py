@@ -10,6 +10,7 @@ import torch
 from ..planner.plan import Plan
 from ..planner.reasons import METHOD_NAMES
 from ..recipes.load import RecipeFile
+from .host import trim_heap
 from .models import ModelSource
 from .quiet import quiet_libraries
 from .rundir import RunDirectory
@@ -92,6 +93,7 @@ def count_file_bytes(folder: Path) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator caches, before another model is loaded."""
+    """Give back what the allocators cache, before another model is loaded."""
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -16,10 +16,10 @@ from transformers import set_seed
 
 from ..planner.plan import Plan
 from ..recipes.errors import OutOfMemoryError, RunError
-from .allocation import use_expandable_segments
+from .allocation import limit_allocator, use_expandable_segments
 from .build import BuiltModel, build_model
 from .evaluate import answer, evaluate
-from .host import keep_heap_tight
+from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
 from .live import LiveLine
 from .loop import Progress, TrainingLoop
 from .losses import check_loss_head
@@ -75,6 +75,9 @@ class Run:
             log_with=JsonLinesTracker(directory.path / "metrics.jsonl"),
         )
         self.device = self.accelerator.device
+        if self.device.type == "cuda":
+            memory = plan.memory
+            limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
         self.progress = Progress()
         self.started = time.time()
         self.tokenizer: Any = job.data.tokenizer
@@ -95,11 +98,11 @@ class Run:
 
     def _execute(self, meter: Meter) -> RunReport:
         set_seed(self.recipe.train.seed)
-        if self.device.type == "cpu":
-            keep_heap_tight()
         self.accelerator.init_trackers("fitune")
         self.console.print("loading the model", style="bright_black")
+        keep_heap_tight(WEIGHT_BLOCK_BYTES)
         built = self._build()
+        keep_heap_tight()
         meter.enter("evaluate")
         before = self._evaluate(built, 0)
         question = self._find_question()
@@ -239,8 +242,10 @@ class Run:
         """Merge the saved adapter into a fresh base; the trained model is gone by then."""
         if not self.recipe.output.merge or "adapter" not in output:
             return {}
-        meter.enter("merge")
+        self.accelerator.free_memory()
         free_memory(self.device)
+        meter.enter("merge")
+        keep_heap_tight(WEIGHT_BLOCK_BYTES)
         save_merged(
             self.directory,
             self.base_folder,

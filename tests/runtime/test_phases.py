@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import write_recipe
+
+from fitune.runtime.embedded import EMBEDDED_MODEL
+from fitune.runtime.planning import Job
+from fitune.runtime.report import list_phase_peaks, load_report
+
+
+@pytest.mark.slow
+def test_ram_of_every_phase_and_the_files_are_as_planned(embedded_model: Path, tmp_path: Path) -> None:
+    """In a process of its own: what a process holds of other tests would count."""
+    recipe = write_recipe(
+        tmp_path,
+        EMBEDDED_MODEL,
+        rows=60,
+        model={"dtype": "bf16"},
+        method={"kind": "lora", "rank": 16},
+        data={"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 192},
+        train={"max_steps": 3, "global_batch_size": 8, "micro_batch_size": 8},
+        output={"dir": "run", "merge": True, "save_every": 2},
+    )
+    command = [sys.executable, "-m", "fitune.runtime.cli", "run", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan, report = load_report(tmp_path / "run")
+    peaks = list_phase_peaks(plan, report)
+    assert {one.name for one in peaks} == {phase.name for phase in plan.memory.phases}
+    for one in peaks:
+        assert one.measured_bytes == pytest.approx(one.predicted_bytes, rel=0.1), one.name
+    weights = {
+        str(path.relative_to(tmp_path / "run").parent): path.stat().st_size
+        for path in (tmp_path / "run").rglob("*.safetensors")
+    }
+    files_of = Job(str(recipe)).files_of
+    files = None if files_of is None else files_of(plan.strategy)
+    assert files is not None
+    trained = dict.fromkeys(("adapter", "checkpoints/step-000002"), files.trained_bytes)
+    assert weights == trained | {"merged": files.merged_bytes}
+    assert sum(one.disk_bytes or 0 for one in plan.memory.phases) > sum(weights.values())
+    assert plan.memory.disk_bytes > report.measured.disk_bytes > 0.9 * (plan.memory.disk_bytes - 16 * 2**20)
