@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from ..planner.catalog import find_gpu
 from ..planner.estimate import estimate_memory
 from ..planner.memory import Estimator, Memory
-from ..planner.shape import make_shape
+from ..planner.shape import is_known_family, make_shape
 from ..planner.strategy import Device, Strategy
+from .meta_shape import make_shape_of_model
 from .rehearsal import rehearse
 
 MiB = 2**20
@@ -145,10 +146,11 @@ def make_device(name: str = MEASURED_CARD) -> Device:
 def compare(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) -> Comparison:
     """Rehearse what a row measured, and estimate it by closed forms."""
     strategy, length = make_strategy(row), row["sequence_length"]
+    shape = make_shape(config) if is_known_family(config) else make_shape_of_model(config)
     return Comparison(
         row=row,
         predicted=rehearse(config, strategy, device, sequence_length=length, merge=False),
-        closed_forms=estimate_memory(make_shape(config), strategy, device, sequence_length=length, merge=False),
+        closed_forms=estimate_memory(shape, strategy, device, sequence_length=length, merge=False),
     )
 
 

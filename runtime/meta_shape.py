@@ -20,10 +20,13 @@ from .build import find_layers
 from .quiet import quiet_libraries
 
 REQUIRED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_dim")
+"""Keys that no model is without where its config has them."""
 COUNTS = ("layer", "layers", "blocks", "depth", "heads", "head", "experts")
 """Endings of a config's keys that say how many modules, or entries of a list, a model is built of."""
 MOST = 10_000
+"""Modules of one kind."""
 LARGEST = 2**31 - 1
+"""Of every other number."""
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:

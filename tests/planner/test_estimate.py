@@ -161,7 +161,8 @@ def test_tied_embeddings_need_a_second_gradient_of_their_size() -> None:
 def test_an_adapter_on_disk_is_small_and_its_merged_model_is_not() -> None:
     adapter, merged = (estimate("llama-3.1-8b", make_strategy("qlora"), merge=merge) for merge in (False, True))
     assert adapter.disk_bytes < 0.3 * GiB
-    assert merged.disk_bytes - adapter.disk_bytes == 2 * find_shape("llama-3.1-8b").parameters
+    weights = 2 * find_shape("llama-3.1-8b").parameters
+    assert weights < merged.disk_bytes - adapter.disk_bytes < weights + 0.1 * GiB, "and its tokenizer once more"
     assert estimate("llama-3.1-8b", make_strategy("full")).disk_bytes > 2 * find_shape("llama-3.1-8b").parameters
 
 

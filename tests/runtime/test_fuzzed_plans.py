@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,7 @@ def recipes(draw: st.DrawFn) -> str:
     """A recipe of valid values, mostly; with a few lines that hold anything."""
     chosen = draw(st.sets(st.sampled_from(sorted(VALID)), max_size=8)) | {"model.id", "data.train"}
     lines = {key: write_toml(draw(st.sampled_from(VALID[key]))) for key in sorted(chosen)}
-    for key, value in draw(odd_lines):
-        lines[key] = value
+    lines |= dict(draw(odd_lines))
     return "\n".join(f"{key} = {value}" for key, value in lines.items())
 
 
@@ -125,14 +123,14 @@ def plan_it(recipe: str, config: dict[str, Any] | None = None, *, quick: bool = 
     Path("recipe.toml").write_text(recipe, encoding="utf-8")
     if config is not None:
         Path("config.json").write_text(json.dumps(config), encoding="utf-8")
-    before = sorted(os.listdir())
+    before = sorted(Path().iterdir())
     try:
         plan = Job("recipe.toml").make_plan(quick=quick)
     except FituneError as error:
         assert str(error)
         return error
     finally:
-        assert sorted(os.listdir()) == before
+        assert sorted(Path().iterdir()) == before
     check_plan(plan)
     return plan
 
@@ -199,7 +197,7 @@ KNOBS = {
     "model.dtype": ["auto", "bf16", "fp32"],
     "model.attention": ["sdpa", "eager", "flash_attention_2"],
     "data.max_length": [2, 8, 100, 257],
-    "data.packing": [False, True],
+    "data.packing": [False, False, False, True],
     "method.kind": ["full", "lora", "qlora"],
     "method.rank": [1, 8, 300],
     "method.dropout": [0.0, 0.1],

@@ -1,4 +1,4 @@
-"""Architectures that are no plain decoder are rehearsed; one that cannot be is planned with closed forms, and says so."""
+"""Architectures that are no plain decoder are rehearsed; those that cannot be are planned with closed forms."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from fitune.runtime.planning import Job
 from fitune.runtime.rehearsal import rehearse
 
 MiB = 2**20
+RECIPE = """
+model.id = "config.json"
+data.train = "rows.jsonl"
+data.max_length = 64
+budget.gpu = "H100 80GB"
+method.kind = "full"
+"""
 LATENT_ATTENTION = {
     "head_dim": 8,
     "num_key_value_heads": 4,
@@ -107,13 +114,7 @@ def test_what_cannot_be_traced_is_an_error_that_names_it(model_type: str) -> Non
 
 def plan_config(folder: Path, config: dict[str, Any], *, quick: bool = False) -> Plan:
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [
-        'model.id = "config.json"',
-        'data.train = "rows.jsonl"',
-        "data.max_length = 64",
-        'budget.gpu = "H100 80GB"',
-    ]
-    (folder / "recipe.toml").write_text("\n".join([*lines, 'method.kind = "full"']))
+    (folder / "recipe.toml").write_text(RECIPE)
     return Job(str(folder / "recipe.toml")).make_plan(quick=quick)
 
 
