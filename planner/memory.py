@@ -49,7 +49,7 @@ class Phase(Value):
     name:       load, forward, backward, clip, optimizer, evaluate, save or merge
     peak_allocated_bytes: live tensors on the device, bytes, 0 or more
     host_bytes: resident RAM of the process at its highest, bytes; while weights are read their file counts too, of
-                which the kernel takes back what it needs; None where it is not estimated
+                which the kernel takes back what it needs; None for a merge that is not asked for
     disk_bytes: what it adds to the files of the run, bytes, 0 or more; None where it is not estimated
     """
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
+
+from fitune.planner.estimate import CUDA_HOST_BYTES, estimate_memory, estimate_weight_files
+from fitune.planner.files import LOG_BYTES
+from fitune.planner.host import lay_host
+from fitune.planner.memory import Memory, Phase
+from fitune.planner.plan import Plan, make_plan
+from fitune.planner.strategy import Device, Strategy
+
+H100 = make_gpu("H100 80GB")
+MODEL = "smollm2-135m-instruct"
+
+
+def phases_of(plan: Plan) -> dict[str, Phase]:
+    return {phase.name: phase for phase in plan.memory.phases}
+
+
+def hosts_of(
+    strategy: Strategy, device: Device, *, merge: bool = False, stored_bytes: int | None = None
+) -> dict[str, int]:
+    shape = find_shape(MODEL)
+    memory: Memory = lay_host(
+        estimate_memory(shape, strategy, device, sequence_length=256, merge=merge),
+        shape,
+        strategy,
+        device,
+        sequence_length=256,
+        weights=estimate_weight_files(shape, strategy, merge=merge),
+        stored_bytes=stored_bytes,
+    )
+    return {phase.name: phase.host_bytes or 0 for phase in memory.phases}
+
+
+@pytest.mark.parametrize("device", [H100, CPU], ids=["gpu", "cpu"])
+def test_every_phase_has_ram_and_files(device: Device) -> None:
+    plan = plan_for({"method": {"kind": "lora"}, "output": {"merge": True}}, device)
+    assert all(phase.host_bytes and phase.disk_bytes is not None for phase in plan.memory.phases)
+    assert {name for name, phase in phases_of(plan).items() if phase.disk_bytes} == {"save", "merge"}
+
+
+def test_files_of_the_phases_and_the_logs_are_all_of_the_disk() -> None:
+    plan = plan_for({"method": {"kind": "qlora"}, "output": {"merge": True}}, H100)
+    assert sum(phase.disk_bytes or 0 for phase in plan.memory.phases) + LOG_BYTES == plan.memory.disk_bytes
+
+
+def test_a_checkpoint_is_as_large_as_the_result() -> None:
+    tables = {"method": {"kind": "full"}, "train": {"max_steps": 100}}
+    alone, often = (plan_for({**tables, "output": output}, H100) for output in ({}, {"save_every": 30}))
+    assert phases_of(often)["save"].disk_bytes == 4 * (phases_of(alone)["save"].disk_bytes or 0)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_no_fit() -> None:
+    tables = {"method": {"kind": "full"}, "train": {"max_steps": 100}, "output": {"save_every": 1}}
+    inputs = make_inputs(tables, H100.model_copy(update={"disk_bytes": 50 * 2**30}))
+    assert not make_plan(inputs).fits
+
+
+def test_weights_that_are_stored_as_they_are_trained_take_no_ram_before_they_are_used() -> None:
+    lora = hosts_of(make_strategy("lora"), CPU)
+    assert (
+        lora["load"]
+        < lora["evaluate"] - estimate_weight_files(find_shape(MODEL), make_strategy("full"), merge=False).trained_bytes
+    )
+
+
+def test_converted_weights_are_in_ram_beside_their_file() -> None:
+    shape = find_shape(MODEL)
+    stored, converted = (
+        hosts_of(make_strategy("full", weights_dtype="fp32", compute_dtype="fp32"), CPU, stored_bytes=size)["load"]
+        for size in (4 * shape.parameters, 2 * shape.parameters)
+    )
+    assert converted - stored == 6 * shape.parameters
+
+
+def test_beside_a_gpu_a_merge_holds_the_whole_base() -> None:
+    hosts = hosts_of(make_strategy("qlora"), H100, merge=True)
+    assert hosts["merge"] == CUDA_HOST_BYTES + 2 * find_shape(MODEL).parameters
+    assert hosts["forward"] == CUDA_HOST_BYTES < hosts["save"] < hosts["merge"]
+
+
+@pytest.mark.parametrize("device", [H100, CPU], ids=["gpu", "cpu"])
+def test_a_merge_that_is_not_asked_for_takes_nothing(device: Device) -> None:
+    merge = phases_of(plan_for({"method": {"kind": "lora"}}, device))["merge"]
+    assert (merge.host_bytes, merge.disk_bytes) == (None, 0)
