@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from fitune.recipes import make_schema
+from fitune.runtime.embedded import cache_folder
 
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "recipes"
@@ -85,8 +86,8 @@ def make_images() -> None:
     os.chdir(RECIPES.parent)
     lecture = "recipes/lecture-10b.toml"
     console = _record()
-    render_plan(Job(lecture).make_plan(quick=True), console, next_command=f"fitune run {lecture}")
-    _save(console, "plan", f"fitune plan {lecture} --quick")
+    render_plan(Job(lecture).make_plan(quick=False), console, next_command=f"fitune run {lecture}")
+    _save(console, "plan", f"fitune plan {lecture}")
     timed = "recipes/llama-3.1-8b-lora.toml"
     console = _record()
     render_plan(Job(timed).make_plan(quick=False), console, next_command=f"fitune run {timed}")
@@ -127,7 +128,9 @@ def _save(console: Console, name: str, title: str, *, hide: str = "") -> None:
     (DOCS / "images").mkdir(exist_ok=True)
     # rich's template fetches its font from a network; the reader's own monospace font does as well.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, unique_id=name), flags=re.DOTALL)
-    (DOCS / "images" / f"{name}.svg").write_text(svg.replace(hide, "") if hide else svg, encoding="utf-8")
+    svg = svg.replace(str(cache_folder()), "~/.cache/fitune")
+    svg = svg.replace(hide, "") if hide else svg
+    (DOCS / "images" / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..recipes.units import format_bytes
+from ..recipes.units import GiB
 
 LINES_WITHOUT_TERMINAL = 10
 """Lines of a run where there is no terminal to redraw."""
@@ -20,7 +20,7 @@ class LiveLine:
 
     def __init__(self, console: Console, *, steps: int, predicted_bytes: int, budget_bytes: int) -> None:
         self._console, self._steps = console, steps
-        self._predicted, self._budget = format_bytes(predicted_bytes), format_bytes(budget_bytes)
+        self._predicted_bytes, self._budget_bytes = predicted_bytes, budget_bytes
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -38,13 +38,18 @@ class LiveLine:
         """Show one finished step."""
         line = Text.assemble(
             (f"step {step:>{len(str(self._steps))}}/{self._steps}", "bold"),
-            f"  loss {loss:6.3f}  {tokens_per_second:,.0f} tokens/s  memory {format_bytes(memory_bytes)} now, ",
-            f"{self._predicted} predicted, {self._budget} budget  {format_seconds(seconds_left)} left",
+            f"  loss {loss:6.3f}  {tokens_per_second:,.0f} tokens/s  {self._describe_memory(memory_bytes)}",
+            f"  {format_seconds(seconds_left)} left",
         )
         if self._live is not None:
             self._live.update(line, refresh=True)
         elif step == self._steps or step == 1 or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
             self._console.print(line, soft_wrap=True)
+
+    def _describe_memory(self, now_bytes: int) -> str:
+        """Such as `memory 1.2 now, 1.3 predicted, 1.5 GiB budget`."""
+        now, predicted, budget = (size / GiB for size in (now_bytes, self._predicted_bytes, self._budget_bytes))
+        return f"memory {now:.1f} now, {predicted:.1f} predicted, {budget:.1f} GiB budget"
 
 
 def format_seconds(seconds: float) -> str:
