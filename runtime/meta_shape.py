@@ -67,11 +67,19 @@ def make_shape_of_model(config: Mapping[str, Any]) -> ModelShape:
     model = build_meta_model(config)
     text = model.config.get_text_config()
     try:
+        _check_causal(model, text)
         return _read_shape(model, text)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"config.json: {text.model_type} is no causal language model of decoder layers: {error}"
         ) from error
+
+
+def _check_causal(model: Any, text: Any) -> None:
+    """Refuse an encoder such as BERT, which transformers builds with a language model's head as well."""
+    causal = {bool(one.is_causal) for one in find_layers(model)[0].modules() if hasattr(one, "is_causal")}
+    if causal == {False}:
+        raise ModelError(f"config.json: model_type: {text.model_type} is an encoder, not a causal language model")
 
 
 def _read(text: Any, *names: str) -> Any:

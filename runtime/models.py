@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -242,6 +243,7 @@ def _ask_hub(hub_id: str, revision: str | None, question: Callable[[], T]) -> T:
     from huggingface_hub import errors
 
     where = f"model.id: {hub_id}" + (f" at revision {revision}" if revision else "")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         return question()
     except errors.GatedRepoError as error:

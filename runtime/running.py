@@ -51,7 +51,10 @@ def _find_plan(path: str, overrides: Sequence[str], console: Console) -> tuple[J
             console.print(Text.assemble(("note: ", "yellow"), warning))
     else:
         job, plan = Job(path, overrides), None
-        job.make_plan(quick=True)  # what is wrong with model, method or device is said before anything is fetched
+        # What is wrong with model, method or device is said before anything is fetched.
+        quick = job.make_plan(quick=True)
+        if quick.fits and quick.device.kind == "cuda":
+            check_runs_here(quick.device)
     with console.status("reading the data and the tokenizer"):
         job.data  # noqa: B018 - tokenised here, used by the run
     if plan is None:

@@ -71,9 +71,14 @@ def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -
 )
 @pytest.mark.parametrize("device", [H100, CPU], ids=["gpu", "cpu"])
 def test_what_the_recipe_fixes_stays_fixed(key: str, value: object, field: str, device: Device) -> None:
-    for method in ("full", "lora", "qlora"):
+    for method in ("full", "lora") if key == "compile" else ("full", "lora", "qlora"):
         found = list_all({"train": {key: value}}, device, method)
         assert {getattr(one, field) for one in found} == {value}
+
+
+def test_compiled_layers_are_refused_for_qlora_and_left_to_the_others() -> None:
+    with pytest.raises(PlanError, match=r"train\.compile: compiled 4-bit layers keep"):
+        list_all({"train": {"compile": True}}, H100, "qlora")
 
 
 def test_what_the_recipe_leaves_open_is_all_tried() -> None:

@@ -342,5 +342,7 @@ def test_the_live_line_shows_every_step_on_a_terminal_and_ten_elsewhere() -> Non
         return file.getvalue()
 
     lines = show(terminal=False).splitlines()
-    assert len(lines) == 11 and lines[0].startswith("step   1/100  loss  1.500  1,234 tokens/s  memory 0.5 now, 1.0 predicted")
+    assert len(lines) == 11 and lines[0].startswith(
+        "step   1/100  loss  1.500  1,234 tokens/s  memory 0.5 now, 1.0 predicted"
+    )
     assert all(f"step {step:>3}/100" in show(terminal=True) for step in (1, 37, 100))
