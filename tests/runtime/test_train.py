@@ -283,12 +283,14 @@ def test_ctrl_c_while_loading_leaves_nothing(llama: Path, tmp_path: Path) -> Non
 
 
 def run_fitune(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A command without a network: a question to a hub or an index would fail at once."""
+    """A command without a network: a question to a hub or an index would fail at once. One thread: two commands may run
+    at once, and threads that wait for each other on too few cores take minutes."""
     nowhere = "http://127.0.0.1:9"
     return subprocess.Popen(
         [*FITUNE, *arguments],
         cwd=folder,
-        env=os.environ | {"https_proxy": nowhere, "http_proxy": nowhere, "HF_ENDPOINT": nowhere},
+        env=os.environ
+        | {"https_proxy": nowhere, "http_proxy": nowhere, "HF_ENDPOINT": nowhere, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -296,7 +298,7 @@ def run_fitune(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.is_file() or path.read_text().count('"loss"') < count:
         assert time.monotonic() < deadline, "the run has not come so far"
         time.sleep(0.02)
@@ -307,12 +309,12 @@ def test_ctrl_c_on_the_command_line_saves_and_exits_130(llama: Path, tmp_path: P
     with run_fitune(tmp_path, "run", "recipe.toml") as process:
         wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
         other = run_fitune(tmp_path, "run", "recipe.toml")
-        said, _ = other.communicate(timeout=120)
+        said, _ = other.communicate(timeout=300)
         assert other.returncode == 1
         assert f"run is held by a run that is still going (process {process.pid})" in said.replace("\n", " ")
         assert "Traceback" not in said
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "Traceback" not in output and "interrupted: saving" in output
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
@@ -322,12 +324,12 @@ def test_ctrl_c_on_the_command_line_saves_and_exits_130(llama: Path, tmp_path: P
 def test_the_command_line_runs_a_recipe_offline_and_says_what_comes_next(llama: Path, tmp_path: Path) -> None:
     write_recipe(tmp_path, llama, train={"max_steps": 2})
     with run_fitune(tmp_path, "run", "recipe.toml") as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "next: fitune chat" in output and "fitune report" in output
     assert "Warning" not in output and "kernels" not in output
     with run_fitune(tmp_path, "run", "recipe.toml") as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "holds a finished run" in output.replace("\n", " ") and "Traceback" not in output
 
