@@ -91,7 +91,7 @@ def context_bytes(strategy: Strategy, device: Device) -> int:
     return CONTEXT_BYTES + (0 if strategy.attention == "eager" else FLASH_KERNEL_BYTES)
 
 
-def replay_run(traced: TracedStep, strategy: Strategy, *, limit_bytes: int | None, expandable: bool = False) -> Replay:
+def replay_run(traced: TracedStep, strategy: Strategy, *, limit_bytes: int | None) -> Replay:
     """Weights, adapters and STEPS optimizer steps through the allocator."""
     replay = Replay(CachingAllocator(limit_bytes=limit_bytes, expandable=strategy.expandable_segments))
     model, trainable = traced.model, traced.model.trainable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from small_configs import TINY
 
 from fitune.planner.catalog import list_models
 from fitune.planner.families import FAMILIES
@@ -12,18 +13,6 @@ from fitune.planner.shape import is_known_family, make_shape
 from fitune.recipes.errors import ModelError
 from fitune.runtime.meta_shape import make_shape_of_model
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 ONE_OF_EACH = {model.config["model_type"]: dict(model.config) for model in reversed(list_models())}
 
 
