@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from .errors import Problem, RecipeError
 from .problems import Key, find_nearest, make_problems, render_key
-from .schema import Recipe
+from .schema import Recipe, make_schema
 
 # Whoever names a weights file by mistake must not wait until it is read.
 _MAX_RECIPE_BYTES = 2**20
@@ -61,31 +61,35 @@ class RecipeFile:
             return self.folder / Path(written).expanduser()
         except RuntimeError as error:
             raise RecipeError(
-                [Problem(where=_printable(self.path), what=f'"{written}": there is no such user')]
+                [Problem(where=printable(self.path), what=f'"{written}": there is no such user')]
             ) from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RecipeFile:
     """Reads a recipe file, or a shipped recipe by its name; `overrides` are such as `train.max_steps=10`."""
     found = _find_file(Path(path))
-    return parse_recipe(_read_text(found), found, overrides)
+    return parse_recipe(read_text(found), found, overrides)
 
 
 def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """The recipe in `text`; `path` is where it would lie. Raises RecipeError with all problems at once."""
-    if not text.strip():
-        hint = "`fitune init` writes a recipe to start from"
-        raise RecipeError([Problem(where=_printable(path), what="is empty", hint=hint)])
-    try:
-        given = tomli.loads(text)
-    except RecursionError as error:
-        raise RecipeError([Problem(where=_printable(path), what="is nested too deeply")]) from error
-    except tomli.TOMLDecodeError as error:
-        raise RecipeError([Problem(where=_printable(path), what=f"is not valid TOML: {error}")]) from error
-    except ValueError as error:  # int() refuses thousands of digits
-        raise RecipeError([Problem(where=_printable(path), what="has a number with too many digits")]) from error
+    given = parse_toml(text, path, hint="`fitune init` writes a recipe to start from")
     overridden, problems = _override(given, overrides)
     return RecipeFile(path=path, recipe=_validate(given, path, overridden, problems))
+
+
+def parse_toml(text: str, path: Path, *, hint: str) -> dict[str, Any]:
+    """The tables in `text`; RecipeError where it is not TOML, with `hint` where it is empty."""
+    if not text.strip():
+        raise RecipeError([Problem(where=printable(path), what="is empty", hint=hint)])
+    try:
+        return tomli.loads(text)
+    except RecursionError as error:
+        raise RecipeError([Problem(where=printable(path), what="is nested too deeply")]) from error
+    except tomli.TOMLDecodeError as error:
+        raise RecipeError([Problem(where=printable(path), what=f"is not valid TOML: {error}")]) from error
+    except ValueError as error:  # int() refuses thousands of digits
+        raise RecipeError([Problem(where=printable(path), what="has a number with too many digits")]) from error
 
 
 def recipe_from_resolved(resolved: Mapping[str, Any], path: Path) -> RecipeFile:
@@ -104,10 +108,10 @@ def make_no_such_recipe(name: str) -> RecipeError:
     shipped = list(find_shipped_recipes())
     nearest = find_nearest(Path(name).stem, shipped)
     hint = f'did you mean the shipped recipe "{nearest}"?' if nearest else f"shipped recipes: {', '.join(shipped)}"
-    return RecipeError([Problem(where=_printable(name), what="no such recipe", hint=hint)])
+    return RecipeError([Problem(where=printable(name), what="no such recipe", hint=hint)])
 
 
-def _printable(given: Path | str) -> str:
+def printable(given: Path | str) -> str:
     """The text as given; escaped where a terminal could not show it."""
     text = str(given)
     return text if text.isprintable() else ascii(text)
@@ -121,29 +125,28 @@ def _find_file(path: Path) -> Path:
         if shipped:
             return shipped
         if path.is_dir():
-            raise RecipeError([Problem(where=_printable(path), what="is a folder", hint="a recipe is a TOML file")])
+            raise RecipeError([Problem(where=printable(path), what="is a folder", hint="a recipe is a TOML file")])
     except OSError as error:
-        raise RecipeError([Problem(where=_printable(path), what=f"cannot be read: {error.strerror}")]) from error
+        raise RecipeError([Problem(where=printable(path), what=f"cannot be read: {error.strerror}")]) from error
     except ValueError as error:  # a null byte in the path
-        raise RecipeError([Problem(where=_printable(path), what=f"cannot be read: {error}")]) from error
+        raise RecipeError([Problem(where=printable(path), what=f"cannot be read: {error}")]) from error
     raise make_no_such_recipe(str(path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a TOML file of at most 1 MiB; RecipeError where it cannot be read or is not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_RECIPE_BYTES + 1)
     except OSError as error:
-        raise RecipeError([Problem(where=_printable(path), what=f"cannot be read: {error.strerror}")]) from error
+        raise RecipeError([Problem(where=printable(path), what=f"cannot be read: {error.strerror}")]) from error
     if len(content) > _MAX_RECIPE_BYTES:
-        raise RecipeError(
-            [Problem(where=_printable(path), what="is larger than 1 MiB", hint="a recipe is a TOML file")]
-        )
+        raise RecipeError([Problem(where=printable(path), what="is larger than 1 MiB", hint="a TOML file is expected")])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start}"
-        raise RecipeError([Problem(where=_printable(path), what=what)]) from error
+        raise RecipeError([Problem(where=printable(path), what=what)]) from error
 
 
 def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[Key], list[Problem]]:
@@ -155,9 +158,9 @@ def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[Key]
         table, _, name = (part.strip() for part in key.partition("."))
         if not (equals and table and name) or "." in name:
             what = "is not of the form table.key=value, such as train.max_steps=10"
-            problems.append(Problem(where=f"--set {_printable(override)}", what=what))
+            problems.append(Problem(where=f"--set {printable(override)}", what=what))
         elif any("\ud800" <= character <= "\udfff" for character in override):
-            problems.append(Problem(where=f"--set {_printable(key)}", what="is not UTF-8 text"))
+            problems.append(Problem(where=f"--set {printable(key)}", what="is not UTF-8 text"))
         else:
             settings[table, name] = value
     for (table, name), value in settings.items():
@@ -184,13 +187,13 @@ def _validate(
 ) -> Recipe:
     def locate(key: Key) -> str:
         is_override = any(key[: len(other)] == other for other in overridden or ())
-        return f"--set {render_key(key)}" if is_override else f"{_printable(path)}: {render_key(key)}"
+        return f"--set {render_key(key)}" if is_override else f"{printable(path)}: {render_key(key)}"
 
     found = list(problems)
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
-        found += make_problems(error, given, locate)
+        found += make_problems(error, given, locate, make_schema())
     if found:
         raise RecipeError(found)
     return recipe

@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in words: pydantic's findings become one problem a key.
+"""What is wrong with a TOML document, in words: pydantic's findings become one problem a key.
 
-What is allowed is read from the recipe's JSON schema, so a message and an editor's completion cannot disagree.
+What is allowed is read from the document's JSON schema, so a message and an editor's completion cannot disagree.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from .errors import Problem
-from .schema import make_schema
 
 Key = tuple[str | int, ...]
 Node = Mapping[str, Any]
@@ -24,15 +22,21 @@ _SHOWN_CHARACTERS = 60
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*")
 
 
-def make_problems(error: ValidationError, given: Mapping[str, Any], locate: Callable[[Key], str]) -> list[Problem]:
-    """One problem for each key of `given` that pydantic objects to; `locate` says where a key was written."""
+def make_problems(
+    error: ValidationError, given: Mapping[str, Any], locate: Callable[[Key], str], schema: Node
+) -> list[Problem]:
+    """One problem for each key of `given` that pydantic objects to; `locate` says where a key was written.
+
+    `schema` is the document's JSON schema; its title is what a message calls the document.
+    """
+    root = _follow_references(schema, schema.get("$defs", {}))
     findings: dict[Key, list[dict[str, Any]]] = {}
     for finding in error.errors(include_url=False, include_input=False):
         if finding["type"] != "default_factory_not_called":  # only ever follows from another finding
-            findings.setdefault(_find_key(finding["loc"]), []).append(dict(finding))
+            findings.setdefault(_find_key(finding["loc"], root), []).append(dict(finding))
     # A union reports each of its branches: where one of them went deeper, it is the one that was meant.
     deepest = [key for key in findings if not any(other[: len(key)] == key and other != key for other in findings)]
-    return [problem for key in deepest for problem in _make_key_problems(key, findings[key], given, locate)]
+    return [problem for key in deepest for problem in _make_key_problems(key, findings[key], given, locate, root)]
 
 
 def find_nearest(word: str, words: Iterable[str]) -> str | None:
@@ -53,16 +57,20 @@ def render_key(key: Key) -> str:
 
 
 def _make_key_problems(
-    key: Key, findings: Sequence[Mapping[str, Any]], given: Mapping[str, Any], locate: Callable[[Key], str]
+    key: Key,
+    findings: Sequence[Mapping[str, Any]],
+    given: Mapping[str, Any],
+    locate: Callable[[Key], str],
+    root: Node,
 ) -> list[Problem]:
     kinds = {finding["type"] for finding in findings}
     if "extra_forbidden" in kinds:
-        return [_make_unknown_key(key, locate)]
-    node = _find_node(key)
+        return [_make_unknown_key(key, locate, root)]
+    node = _find_node(key, root)
     if "missing" in kinds:
         keys = [(*key, name) for name in node.get("required", [])] or [key]
         return [
-            Problem(where=locate(k), what="is required and missing", hint=_find_node(k).get("description"))
+            Problem(where=locate(k), what="is required and missing", hint=_find_node(k, root).get("description"))
             for k in keys
         ]
     reasons = [str(finding["ctx"]["error"]) for finding in findings if finding["type"] == "value_error"]
@@ -73,11 +81,10 @@ def _make_key_problems(
     return [Problem(where=locate(key), what=what, hint=_make_hint(value, node))]
 
 
-def _make_unknown_key(key: Key, locate: Callable[[Key], str]) -> Problem:
+def _make_unknown_key(key: Key, locate: Callable[[Key], str], root: Node) -> Problem:
     *parents, name = key
-    tables = _schema()["properties"]
-    known = list(_find_node(tuple(parents))["properties"])
-    owners = [table for table in tables if name in _find_node((table,))["properties"]]
+    known = list(_find_node(tuple(parents), root)["properties"])
+    owners = [table for table in root["properties"] if name in _find_node((table,), root)["properties"]]
     nearest = find_nearest(str(name), known)
     if owners:
         hint = f"it is a key of [{'], ['.join(owners)}]"
@@ -85,7 +92,8 @@ def _make_unknown_key(key: Key, locate: Callable[[Key], str]) -> Problem:
         hint = f'did you mean "{nearest}"?'
     else:
         hint = f"allowed: {', '.join(known)}"
-    what = f"is not a key of [{render_key(tuple(parents))}]" if parents else "is not a table of a recipe"
+    document = root["title"].lower()
+    what = f"is not a key of [{render_key(tuple(parents))}]" if parents else f"is not a table of a {document}"
     return Problem(where=locate(key), what=what, hint=hint)
 
 
@@ -102,16 +110,21 @@ def _make_hint(value: object, node: Node) -> str | None:
     return f"write {value.strip()} without quotes" if is_bool or is_number else None
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    return make_schema()
+def _follow_references(node: Any, definitions: Node) -> Any:
+    """The schema with every reference replaced by what it names; what stands beside a reference stays."""
+    if isinstance(node, list):
+        return [_follow_references(one, definitions) for one in node]
+    if not isinstance(node, Mapping):
+        return node
+    named = definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else {}
+    whole = {**named, **{key: value for key, value in node.items() if key not in ("$ref", "$defs")}}
+    return {key: _follow_references(value, definitions) for key, value in whole.items()}
 
 
 def _find_arms(node: Node) -> list[Node]:
-    """The branches of a union, or the node itself, with references followed."""
-    definitions = _schema()["$defs"]
+    """The branches of a union, or the node itself."""
     arms: list[Node] = node.get("anyOf", [node])
-    return [definitions[arm["$ref"].rpartition("/")[2]] if "$ref" in arm else arm for arm in arms]
+    return arms
 
 
 def _find_child(node: Node, part: str | int) -> Node | None:
@@ -120,14 +133,14 @@ def _find_child(node: Node, part: str | int) -> Node | None:
         if isinstance(part, int) and "items" in arm:
             return _find_arms(arm["items"])[0]
         if isinstance(part, str) and "properties" in arm:
-            child = arm["properties"].get(part, {})
-            return {**_find_arms(child)[0], **child} if "$ref" in child else child
+            child: Node = arm["properties"].get(part, {})
+            return child
     return None
 
 
-def _find_key(location: Sequence[str | int]) -> Key:
+def _find_key(location: Sequence[str | int], root: Node) -> Key:
     key: list[str | int] = []
-    node: Node = _schema()
+    node = root
     for part in location:
         child = _find_child(node, part)
         if child is not None:
@@ -136,8 +149,8 @@ def _find_key(location: Sequence[str | int]) -> Key:
     return tuple(key)
 
 
-def _find_node(key: Key) -> Node:
-    node: Node = _schema()
+def _find_node(key: Key, root: Node) -> Node:
+    node = root
     for part in key:
         node = _find_child(node, part) or {}
     return node

@@ -114,7 +114,7 @@ def test_a_file_that_is_not_text_is_refused(recipe: Path) -> None:
     recipe.write_bytes(b"[model]\n\xff")
     assert read_problems(recipe) == ["recipe.toml: is not UTF-8 text: byte 0xff at offset 8"]
     recipe.write_bytes(b" " * (2**20 + 1))
-    assert read_problems(recipe) == ["recipe.toml: is larger than 1 MiB (a recipe is a TOML file)"]
+    assert read_problems(recipe) == ["recipe.toml: is larger than 1 MiB (a TOML file is expected)"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(recipe: Path) -> None:
