@@ -12,7 +12,7 @@ from .shape import BlockShape, LinearShape, ModelShape
 from .strategy import DTYPE_BYTES, Strategy
 
 CHUNK_ROWS = 1024
-"""Tokens whose logits exist at one time under the chunked loss head."""
+"""Tokens whose logits exist at one time under the chunked and the fused loss head."""
 OFFLOAD_BLOCK_BYTES = 2**20
 """Offloaded activations lie in the host's memory in blocks of this size."""
 TENSORS_PER_LAYER = 64
@@ -35,6 +35,7 @@ class StepShape:
         self.weight_bytes = DTYPE_BYTES[strategy.weights_dtype]
         self.trains_base = strategy.method == "full"
         self.casts = self.compute_bytes != self.weight_bytes
+        self.checkpointed_layers = min(strategy.checkpointed_layers, shape.layers)
         # bitsandbytes' Linear4bit returns its input's dtype, and autocast's LayerNorm hands it fp32: so the MLP, and
         # with it the residual stream, is fp32 there.
         widens = strategy.method == "qlora" and shape.norm == "layernorm"
@@ -180,17 +181,20 @@ def estimate_checkpoint_bytes(step: StepShape) -> int:
 
 
 def estimate_kept_bytes(step: StepShape) -> int:
-    """What a forward keeps for backward, from the embedding to the final norm: each layer, or its checkpoint."""
-    shape = step.shape
-    if step.strategy.gradient_checkpointing:
-        return shape.layers * estimate_checkpoint_bytes(step) + estimate_final_bytes(step)
-    return sum(block.repeats * estimate_layer_bytes(step, block) for block in shape.blocks) + estimate_final_bytes(step)
+    """What a forward keeps for backward, from the embedding to the final norm: each layer, or its checkpoint.
+
+    Where some layers are checkpointed and the blocks differ, each block is taken to have its share of them.
+    """
+    shape, checkpointed = step.shape, step.checkpointed_layers
+    layers = sum(block.repeats * estimate_layer_bytes(step, block) for block in shape.blocks)
+    kept = layers * (shape.layers - checkpointed) // shape.layers
+    return checkpointed * estimate_checkpoint_bytes(step) + kept + estimate_final_bytes(step)
 
 
 def estimate_offload_bytes(step: StepShape) -> int:
     """Host memory of offloaded activations: what is kept, and the rest of each tensor's last block."""
-    per_layer = 1 if step.strategy.gradient_checkpointing else TENSORS_PER_LAYER
-    tensors = step.shape.layers * per_layer + TENSORS_BESIDE
+    kept_layers = step.shape.layers - step.checkpointed_layers
+    tensors = step.checkpointed_layers + kept_layers * TENSORS_PER_LAYER + TENSORS_BESIDE
     return estimate_kept_bytes(step) + tensors * OFFLOAD_BLOCK_BYTES
 
 
@@ -231,13 +235,20 @@ def estimate_head_bytes(step: StepShape) -> tuple[int, int]:
 
     full: logits a, their fp32 copy 4 and the log-softmax 4 a token and vocabulary entry in forward; log-softmax and
     two fp32 gradients in backward: (a + 8)TV and 12TV. Soft-capping keeps tanh's output, aTV more in both. chunked:
-    the same for at most 1,024 tokens at a time. An fp32 head's copy in the compute dtype is beside both.
+    the same for at most 1,024 tokens at a time. fused: the forward's for 1,024 tokens, and the gradients of hidden
+    states (aTH) and, where it is trained, of the head; backward has the former only. An fp32 head's copy in the
+    compute dtype is beside all.
     """
-    cast = step.compute_bytes * step.shape.head.weight_parameters if step.casts else 0
-    rows = step.tokens if step.strategy.loss_head == "full" else min(step.tokens, CHUNK_ROWS)
-    entries = rows * step.shape.vocab_size
-    capped = step.compute_bytes if step.shape.logit_softcap else 0
-    return cast + (step.compute_bytes + 2 * FP32 + capped) * entries, cast + (3 * FP32 + capped) * entries
+    shape, head = step.shape, step.strategy.loss_head
+    cast = step.compute_bytes * shape.head.weight_parameters if step.casts else 0
+    rows = step.tokens if head == "full" else min(step.tokens, CHUNK_ROWS)
+    capped = step.compute_bytes if shape.logit_softcap else 0
+    forward = cast + (step.compute_bytes + 2 * FP32 + capped) * rows * shape.vocab_size
+    if head == "fused":
+        gradient = step.compute_bytes * step.tokens * shape.hidden_size
+        trained = step.weight_bytes * shape.head.weight_parameters if step.trains_base else 0
+        return forward + gradient + trained, gradient
+    return forward, cast + (3 * FP32 + capped) * rows * shape.vocab_size
 
 
 def estimate_cast_bytes(step: StepShape) -> int:

@@ -123,7 +123,7 @@ def _advise_method(recipe: Recipe, device: Device, shape: ModelShape, length: in
 def _find_least_bytes(recipe: Recipe, device: Device, shape: ModelShape, method: Method, length: int) -> int | None:
     """What the smallest strategy of a method requires; None where the recipe rules the method out."""
     try:
-        strategies = list(list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa))
+        strategies = list(list_strategies(recipe, device, method, shape))
     except PlanError:
         return None
     return min(

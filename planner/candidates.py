@@ -12,7 +12,8 @@ from itertools import product
 
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
-from .strategy import Device, Dtype, Method, Optimizer, Strategy
+from .shape import ModelShape
+from .strategy import Device, Dtype, LossHead, Method, Optimizer, Strategy
 
 LEARNING_RATE: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """Used where the recipe says auto."""
@@ -30,6 +31,7 @@ AUTO_OPTIMIZERS: dict[str, tuple[Optimizer, ...]] = {
     "cpu": ("adamw", "adamw_8bit"),
 }
 """What auto tries. bitsandbytes' paged optimizers run unpaged on a CPU, so none is offered there."""
+LOSS_HEAD_TIME: dict[LossHead, float] = {"full": 1.0, "fused": 1.01, "chunked": 1.03}
 LAUNCH_BOUND_TOKENS = {"cuda": 2048, "cpu": 128}
 """Tokens in a micro-batch below which the device waits for the host rather than computes."""
 
@@ -91,17 +93,17 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
     return (Setting(weights=asked, compute=compute),)
 
 
-def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa: bool = True) -> Iterator[Strategy]:
+def list_strategies(recipe: Recipe, device: Device, method: Method, shape: ModelShape) -> Iterator[Strategy]:
     """Every strategy of `method` that the recipe's fixed keys leave open.
 
-    has_sdpa: whether transformers runs this architecture with SDPA; where not, attention is eager
+    Where transformers does not run an architecture with SDPA, attention is eager.
     """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
-    for setting, checkpointing, head, optimizer, micro in product(
+    for setting, checkpointed, head, optimizer, micro in product(
         list_settings(recipe, device, method),
-        (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,),
-        ("full", "chunked") if train.loss_head == "auto" else (train.loss_head,),
+        _list_checkpointed_layers(recipe, shape),
+        _list_loss_heads(recipe, method, shape),
         AUTO_OPTIMIZERS[device.kind] if train.optimizer == "auto" else (train.optimizer,),
         _list_micro_batch_sizes(recipe),
     ):
@@ -119,10 +121,10 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa:
             adapter_targets=adapters.targets if has_adapter else None,
             adapter_dropout=adapters.dropout if has_adapter else 0.0,
             double_quantization=adapters.double_quantization,
-            attention=recipe.model.attention if has_sdpa or recipe.model.attention != "sdpa" else "eager",
+            attention=recipe.model.attention if shape.has_sdpa or recipe.model.attention != "sdpa" else "eager",
             micro_batch_size=micro,
             gradient_accumulation_steps=train.global_batch_size // micro,
-            gradient_checkpointing=checkpointing,
+            checkpointed_layers=checkpointed,
             loss_head=head,
             optimizer=optimizer,
             compile=train.compile is True,
@@ -131,6 +133,35 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, *, has_sdpa:
             expandable_segments=train.expandable_segments,
             learning_rate=LEARNING_RATE[method] if train.learning_rate == "auto" else train.learning_rate,
         )
+
+
+def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, ...]:
+    """How many of the first layers are checkpointed: none and all for auto."""
+    asked = recipe.train.gradient_checkpointing
+    if asked == "auto":
+        return 0, shape.layers
+    if isinstance(asked, bool):
+        return (shape.layers if asked else 0,)
+    if asked > shape.layers:
+        raise PlanError(
+            f"train.gradient_checkpointing: {asked} is more than the {shape.layers} layers of this model: "
+            f"use a number up to {shape.layers}, or true for all"
+        )
+    return (asked,)
+
+
+def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple[LossHead, ...]:
+    """The loss heads to try; the fused one multiplies with the LM head itself, so that it must have no adapter."""
+    asked, targets = recipe.train.loss_head, recipe.method.targets
+    is_adapted = method != "full" and targets != "all-linear" and any(shape.head.is_target(name) for name in targets)
+    if asked == "auto":
+        return ("full", "chunked") if is_adapted else ("full", "fused", "chunked")
+    if asked == "fused" and is_adapted:
+        raise PlanError(
+            'train.loss_head: "fused" computes without the adapter that method.targets puts on the LM head: '
+            'use "chunked", or leave it out'
+        )
+    return (asked,)
 
 
 def _list_micro_batch_sizes(recipe: Recipe) -> tuple[int, ...]:
@@ -142,33 +173,34 @@ def _list_micro_batch_sizes(recipe: Recipe) -> tuple[int, ...]:
     return tuple(sorted({*small, *(whole // divisor for divisor in small)}))
 
 
-def estimate_relative_time(strategy: Strategy, device: Device, sequence_length: int) -> float:
+def estimate_relative_time(strategy: Strategy, device: Device, sequence_length: int, layers: int) -> float:
     """Time of a token relative to the fastest strategy; 1.0 and up.
 
-    Checkpointing computes the forward twice: 4/3. The chunked head's smaller matrices and recomputation: 1.03 (10,725
-    to 10,419 tokens/s measured on one H100). NF4 weights are dequantised in each pass: 1.05. Paged states cross the
+    Checkpointing computes the forward twice: 4/3, or its share of the layers. The chunked head's smaller matrices and
+    recomputation: 1.03 (10,725 to 10,419 tokens/s measured on one H100); the fused head's smaller matrices: 1.01, a
+    guess. NF4 weights are dequantised in each pass: 1.05. Paged states cross the
     bus: 1.02. Eager attention writes its scores out: 1.3. A micro-batch below LAUNCH_BOUND_TOKENS leaves the device
     idle. Offload waits for PCIe: at 25 GB/s each way an H100 waits for a layer's activations some 6 times as long as
     it computes, slower cards less, for its checkpoint alone a fifth as long: 4 and 1.2, guesses.
     """
     time = 1.0
-    time *= 4 / 3 if strategy.gradient_checkpointing else 1.0
-    time *= 1.03 if strategy.loss_head == "chunked" else 1.0
+    time *= 1 + min(strategy.checkpointed_layers, layers) / layers / 3
+    time *= LOSS_HEAD_TIME[strategy.loss_head]
     time *= 1.05 if strategy.method == "qlora" else 1.0
     time *= 1.02 if strategy.optimizer.startswith("paged") else 1.0
     time *= 1.3 if strategy.attention == "eager" else 1.0
     if strategy.activation_offload and device.kind == "cuda":
-        time *= 1.2 if strategy.gradient_checkpointing else 4.0
+        time *= 1.2 if strategy.checkpointed_layers else 4.0
     tokens = strategy.micro_batch_size * sequence_length
     return time * max(1.0, LAUNCH_BOUND_TOKENS[device.kind] / tokens)
 
 
-def order_key(strategy: Strategy, device: Device, sequence_length: int) -> tuple[bool, float, int, int]:
+def order_key(strategy: Strategy, device: Device, sequence_length: int, layers: int) -> tuple[bool, float, int, int]:
     """Sorts fastest first within a method: exact weights before rounded ones, then time, then the less lossy
     optimizer, then the smaller micro-batch, which needs less memory and pads less."""
     return (
         strategy.method == "full" and strategy.weights_dtype != "fp32",
-        estimate_relative_time(strategy, device, sequence_length),
+        estimate_relative_time(strategy, device, sequence_length, layers),
         OPTIMIZER_LOSSINESS[strategy.optimizer],
         strategy.micro_batch_size,
     )

@@ -182,7 +182,9 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
     final, checkpoint = act.estimate_final_bytes(step), act.estimate_checkpoint_bytes(step)
     kept = final if offloads else act.estimate_kept_bytes(step)
     # Autocast's copies of trained weights live until the forward ends; without checkpointing backward keeps them too.
-    cached = act.estimate_cast_bytes(step) if step.trains_base and (strategy.gradient_checkpointing or offloads) else 0
+    checkpointed = step.checkpointed_layers
+    cast_layers = (shape.layers if offloads else checkpointed) if step.trains_base else 0
+    cached = act.estimate_cast_bytes(step) * cast_layers // shape.layers
     head_forward, head_backward = act.estimate_head_bytes(step)
     before = gradients if strategy.gradient_accumulation_steps > 1 else 0
     head_gradient = step.weight_bytes * shape.head.weight_parameters if step.trains_base else 0
@@ -191,15 +193,17 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
     yield "backward", {"gradients": at_head, "activations": kept, "loss_head": head_backward}
     for block in shape.blocks:
         size, flowing = act.estimate_layer_bytes(step, block), act.estimate_backward_temporary(step, block)
-        own, recast = size if offloads else 0, 0
-        first = checkpoint + size if strategy.gradient_checkpointing else size
-        if strategy.gradient_checkpointing:
-            extra, recast = act.estimate_recast_bytes(step, block)
-            own = extra + (first if offloads else size)
+        first = checkpoint + size if checkpointed else size
         if offloads:
             yield "forward", {"gradients": before, "activations": cached + first}
-        last = {"gradients": at_head, "activations": kept - final + own, "temporary": max(flowing, recast)}
-        yield "backward", last
+        if checkpointed < shape.layers:
+            own = size if offloads else 0
+            yield "backward", {"gradients": at_head, "activations": kept - final + own, "temporary": flowing}
+        if checkpointed:
+            extra, recast = act.estimate_recast_bytes(step, block)
+            own = extra + (first if offloads else checkpointed * checkpoint + size)
+            after = at_head + (gradients - at_head) * (shape.layers - checkpointed) // shape.layers
+            yield "backward", {"gradients": after, "activations": own, "temporary": max(flowing, recast)}
         yield "backward", {"gradients": gradients, "activations": first, "temporary": flowing}
     if step.trains_base and shape.tied:
         # The embedding's own gradient is as large as its weight, and is added to the head's at the very end.

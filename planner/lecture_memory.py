@@ -251,7 +251,7 @@ def _estimate_step(
     shape: ModelShape, method: AdapterMethod, rows: int, sequence_length: int, checkpointing: bool, budget_bytes: int
 ) -> Memory:
     strategy = _make_strategy(method).model_copy(
-        update={"micro_batch_size": rows, "gradient_checkpointing": checkpointing}
+        update={"micro_batch_size": rows, "checkpointed_layers": shape.layers if checkpointing else 0}
     )
     card = Device(
         name="the lecture's budget", kind="cuda", memory_bytes=budget_bytes, budget_bytes=budget_bytes, bf16=True
@@ -270,7 +270,7 @@ def _make_strategy(method: AdapterMethod) -> Strategy:
         adapter_targets="all-linear",
         micro_batch_size=1,
         gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
+        checkpointed_layers=0,
         loss_head="full",
         optimizer="adamw_32bit",
         learning_rate=2e-4,

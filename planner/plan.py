@@ -60,11 +60,13 @@ class PlannedModel(Value):
     id:            as the recipe writes it
     model_type:    its family in transformers
     config_sha256: digest of its config: a plan made for another one is stale
+    layers:        decoder layers
     """
 
     id: str
     model_type: str
     config_sha256: str
+    layers: int = Field(ge=1)
 
 
 class PlannedData(Value):
@@ -223,7 +225,12 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
         warnings=warnings,
         advice=advice,
         device=inputs.device,
-        model=PlannedModel(id=recipe.model.id, model_type=shape.model_type, config_sha256=inputs.config_sha256),
+        model=PlannedModel(
+            id=recipe.model.id,
+            model_type=shape.model_type,
+            config_sha256=inputs.config_sha256,
+            layers=shape.layers,
+        ),
         data=PlannedData(
             rows=data.rows,
             sequence_length=data.longest_row_tokens,

@@ -24,7 +24,8 @@ def describe_strategy(strategy: Strategy) -> str:
     """Such as `LoRA, bf16 weights, checkpointing, chunked head, AdamW, 4 x 4 rows`."""
     parts = [METHOD_NAMES[strategy.method]]
     parts.append("NF4 weights" if strategy.method == "qlora" else f"{strategy.weights_dtype} weights")
-    parts.append("checkpointing" if strategy.gradient_checkpointing else "no checkpointing")
+    checkpointed = strategy.checkpointed_layers
+    parts.append(f"{checkpointed} layers checkpointed" if checkpointed else "no checkpointing")
     parts += ["offload"] if strategy.activation_offload else []
     parts.append(f"{strategy.loss_head} head")
     parts.append(OPTIMIZER_NAMES[strategy.optimizer])

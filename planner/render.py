@@ -89,7 +89,10 @@ def _describe_weights(plan: Plan) -> str:
 
 def _describe_savings(plan: Plan) -> str:
     strategy = plan.strategy
-    checkpointing = "every layer checkpointed" if strategy.gradient_checkpointing else "no checkpointing"
+    layers, checkpointed = plan.model.layers, strategy.checkpointed_layers
+    checkpointing = "every layer checkpointed" if checkpointed >= layers else "no checkpointing"
+    if 0 < checkpointed < layers:
+        checkpointing = f"the first {checkpointed} of {layers} layers checkpointed"
     offloaded = ", activations in RAM" if strategy.activation_offload else ""
     compiled = ", compiled layers" if strategy.compile else ""
     expandable = ", expandable segments" if strategy.expandable_segments else ""
@@ -201,7 +204,7 @@ def closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
 
 def _describe_kind(strategy: Strategy) -> str:
     weights = "" if strategy.method == "qlora" else f" {strategy.weights_dtype}"
-    checkpointing = ", checkpointed" if strategy.gradient_checkpointing else ""
+    checkpointing = ", checkpointed" if strategy.checkpointed_layers else ""
     return f"{METHOD_WORDS[strategy.method]}{weights}{checkpointing}"
 
 

@@ -47,7 +47,7 @@ def _render_cards(cards: Sequence[Card]) -> Table:
             card.gpu,
             _gib(card.budget_bytes),
             _describe_method(strategy),
-            "yes" if strategy.gradient_checkpointing else "no",
+            f"{strategy.checkpointed_layers} layers" if strategy.checkpointed_layers else "no",
             f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}",
             OPTIMIZER_NAMES[strategy.optimizer],
             _gib(card.required_bytes),
@@ -91,8 +91,8 @@ def render_what_fits(found: WhatFits, console: Console, *, sequence_length: int)
 def describe_briefly(strategy: Strategy) -> str:
     """Such as `LoRA, checkpointed, 4 x 4 rows, AdamW`."""
     parts = [_describe_method(strategy)]
-    parts += ["checkpointed"] if strategy.gradient_checkpointing else []
-    parts += ["chunked head"] if strategy.loss_head == "chunked" else []
+    parts += [f"{strategy.checkpointed_layers} layers checkpointed"] if strategy.checkpointed_layers else []
+    parts += [f"{strategy.loss_head} head"] if strategy.loss_head != "full" else []
     parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
     parts.append(OPTIMIZER_NAMES[strategy.optimizer])
     return ", ".join(parts)

@@ -71,8 +71,8 @@ def walk_strategies(recipe: Recipe, device: Device, shape: ModelShape, length: i
     problems = []
     for method in list_methods(recipe):
         try:
-            strategies = list_strategies(recipe, device, method, has_sdpa=shape.has_sdpa)
-            yield from sorted(strategies, key=lambda one: order_key(one, device, length))
+            strategies = list_strategies(recipe, device, method, shape)
+            yield from sorted(strategies, key=lambda one: order_key(one, device, length, shape.layers))
         except PlanError as error:
             problems.append(error)
     if len(problems) == len(list_methods(recipe)):
@@ -138,4 +138,4 @@ class _Judge:
 
 
 def _kind(strategy: Strategy) -> tuple[object, ...]:
-    return strategy.method, strategy.weights_dtype, strategy.gradient_checkpointing, strategy.loss_head
+    return strategy.method, strategy.weights_dtype, strategy.checkpointed_layers, strategy.loss_head

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
+LossHead = Literal["full", "chunked", "fused"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -87,8 +88,12 @@ class Strategy(Value):
     attention:        sdpa, eager or flash_attention_2
     micro_batch_size: rows in one forward, 1 or more
     gradient_accumulation_steps: forwards in one optimizer step; times micro_batch_size the global batch
-    gradient_checkpointing: keep only each layer's input, recompute the rest in backward
-    loss_head:        `full` keeps the logits of all tokens, `chunked` 1,024 rows at a time
+    checkpointed_layers: the first so many decoder layers keep only their input and are computed again in backward;
+                      from 0 to the model's layers, more mean all. The last layers' activations are the first that
+                      backward frees, before a checkpointed layer is computed again, so the first ones are the
+                      cheapest to checkpoint: elsewhere the same number needs as much at the loss head and more after it
+    loss_head:        `full` keeps the logits of all tokens; `chunked` has 1,024 rows of them at a time and computes
+                      them again in backward; `fused` computes their gradient chunk by chunk in the forward
     optimizer:        one of the recipe's names
     compile:          layers compiled
     packing:          short rows put together, which gives attention an explicit mask
@@ -109,11 +114,25 @@ class Strategy(Value):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
-    gradient_checkpointing: bool
-    loss_head: Literal["full", "chunked"]
+    checkpointed_layers: int = Field(ge=0)
+    loss_head: LossHead
     optimizer: Optimizer
     compile: bool = False
     packing: bool = False
     activation_offload: bool = False
     expandable_segments: bool = False
     learning_rate: float = Field(gt=0)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether any layer is checkpointed; in the plan's JSON for its readers."""
+        return self.checkpointed_layers > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_computed(cls, values: Any) -> Any:
+        """What is computed comes back with a plan's JSON, and is computed again."""
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if key != "gradient_checkpointing"}
+        return values

@@ -235,10 +235,10 @@ class TrainTable(Table):
         "auto"
     )
     """Optimizer, and with it the bytes of its states."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Whether layers are computed again in backward instead of kept."""
-    loss_head: Literal["auto", "full", "chunked"] = "auto"
-    """Whether the logits of all tokens exist at once."""
+    gradient_checkpointing: Literal["auto"] | bool | Count = "auto"
+    """Whether layers are computed again in backward instead of kept: all, none, or the first so many of them."""
+    loss_head: Literal["auto", "full", "chunked", "fused"] = "auto"
+    """Logits of all tokens at once (full) or of some (chunked, fused); fused computes gradients in the forward."""
     compile: Literal["auto"] | bool = "auto"
     """Whether layers are compiled."""
     activation_offload: bool = False

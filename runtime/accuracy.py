@@ -112,8 +112,8 @@ class LeftOut:
     errors: Sequence[float]
 
 
-def make_strategy(row: Mapping[str, Any]) -> Strategy:
-    """The strategy that a measured row ran, knob by knob."""
+def make_strategy(row: Mapping[str, Any], layers: int) -> Strategy:
+    """The strategy that a measured row ran on a model of `layers` layers, knob by knob."""
     full = row["method"] == "full"
     targets = row.get("lora_targets")
     return Strategy(
@@ -127,7 +127,7 @@ def make_strategy(row: Mapping[str, Any]) -> Strategy:
         attention=row["attention"],
         micro_batch_size=row["micro_batch_size"],
         gradient_accumulation_steps=row["gradient_accumulation_steps"],
-        gradient_checkpointing=row["gradient_checkpointing"],
+        checkpointed_layers=layers if row["gradient_checkpointing"] else 0,
         loss_head=row["loss_head"],
         optimizer=row["optimizer"],
         expandable_segments=row["expandable_segments"],
@@ -145,8 +145,8 @@ def make_device(name: str = MEASURED_CARD) -> Device:
 
 def compare(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) -> Comparison:
     """Rehearse what a row measured, and estimate it by closed forms."""
-    strategy, length = make_strategy(row), row["sequence_length"]
     shape = make_shape(config) if is_known_family(config) else make_shape_of_model(config)
+    strategy, length = make_strategy(row, shape.layers), row["sequence_length"]
     return Comparison(
         row=row,
         predicted=rehearse(config, strategy, device, sequence_length=length, merge=False),

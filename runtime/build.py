@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -208,12 +208,24 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     """Checkpointing and compiled layers, as the strategy says."""
     base.config.use_cache = False
     base.train()
-    if strategy.gradient_checkpointing:
-        with quiet_libraries():
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if strategy.checkpointed_layers:
+        checkpoint_layers(base, strategy.checkpointed_layers)
     if strategy.compile:
         for layer in find_layers(base):
             layer.compile()
+
+
+def checkpoint_layers(base: Any, count: int) -> None:
+    """Checkpoint the first `count` decoder layers; all, where there are no more."""
+    with quiet_libraries():
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in list(find_layers(base))[count:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            raise ModelError(
+                f"train.gradient_checkpointing: {type(base).__name__} checkpoints all of its layers or none: "
+                "use true or false"
+            )
+        cast(Any, layer).gradient_checkpointing = False
 
 
 def find_layers(base: Any) -> nn.ModuleList:

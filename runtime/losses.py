@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..recipes.errors import RunError
 
 CHUNK_ROWS = 1024
-"""Tokens whose logits exist at one time under the chunked head."""
+"""Tokens whose logits exist at one time under the chunked and the fused head."""
 IGNORED = -100
 """The label of a token that is not trained."""
 
@@ -42,9 +43,16 @@ def compute_loss(
         inputs["position_ids"] = position_ids
     if loss_head == "full":
         return model(**inputs, labels=labels, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
-    hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
+    hidden = base.base_model(**inputs).last_hidden_state
     head, transform = base.get_output_embeddings(), make_logit_transform(base.config.get_text_config())
+    if loss_head == "fused" and torch.is_grad_enabled():
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        fused: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), transform
+        )
+        return fused / tokens
+    hidden = hidden[:, :-1]
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
@@ -52,18 +60,122 @@ def compute_loss(
     return total / tokens
 
 
-def _chunk_loss(head: nn.Module, transform: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_loss(head: nn.Module, transform: LogitTransform, hidden: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy of hidden [rows, hidden] against targets [rows], in float32."""
     return F.cross_entropy(transform(head(hidden)).float(), targets, reduction="sum", ignore_index=IGNORED)
 
 
-def make_logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """What the model does to its logits after the LM head, as its modeling code in transformers does it.
+class _FusedLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden [rows, hidden] whose forward already computes all gradients, chunk by chunk.
 
-    Gemma soft-caps (c * tanh(x / c)), Granite divides by logits_scaling (HyperCLOVA X multiplies), Cohere multiplies
-    by logit_scale, Falcon-H1 by lm_head_multiplier.
+    No logits are kept, and none are computed twice. Gradients are those of the sum, so that in fp16 they are as far
+    from underflow as the labels' own; backward multiplies them by what flows in. Without gradients the chunked head
+    does the same work.
     """
-    cap = getattr(config, "final_logit_softcapping", None)
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+    ) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            return _accumulate(ctx, hidden, weight, bias, targets, transform, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *flowing: Tensor) -> Any:
+        # Scaled in place, since nothing else reads them; autograd refuses a second backward, which would scale twice.
+        gradients = [None if one is None else one.mul_(flowing[0]) for one in ctx.saved_tensors]
+        return (*gradients, None, None)
+
+
+def _accumulate(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The loss; saves the gradients of hidden, weight and bias, computed in `dtype`."""
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    to_hidden = torch.empty_like(hidden) if needs_hidden else None
+    to_weight = torch.zeros_like(weight) if needs_weight else None
+    to_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    total: Tensor = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        part = hidden[rows].to(dtype)
+        loss, gradient = _differentiate_chunk(F.linear(part, weight, bias), targets[rows], transform)
+        total = total + loss
+        trained = (targets[rows] != IGNORED).to(dtype).unsqueeze(1)
+        if to_hidden is not None:
+            torch.mul(gradient @ weight, trained, out=to_hidden[rows])
+        if to_weight is not None:
+            _add_product(to_weight, gradient.t(), part * trained)
+        if to_bias is not None:
+            to_bias += (trained.t() @ gradient).squeeze(0)
+    ctx.save_for_backward(to_hidden, to_weight, to_bias)
+    return total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a matrix beside it where the dtypes are one."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _differentiate_chunk(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """(loss, its gradient by logits [rows, vocabulary] in their dtype): softmax - one-hot.
+
+    Rows without a label count nothing in the loss; the caller leaves out their gradients, which are fewer by then.
+    """
+    trained = targets != IGNORED
+    index = targets.clamp(min=0).unsqueeze(1)
+    treated = transform(logits)
+    log_probabilities = F.log_softmax(treated.float(), dim=-1)
+    loss = -log_probabilities.gather(1, index).squeeze(1).mul(trained).sum()
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+    return loss, transform.pull_back(gradient, treated).to(logits.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """What a model does to its logits after the LM head: cap * tanh(factor * x / cap).
+
+    factor: logits are multiplied with it
+    cap:    of soft-capping, None without
+    """
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def pull_back(self, gradient: Tensor, treated: Tensor) -> Tensor:
+        """From the gradient by treated logits to that by the LM head's, in place: factor * (1 - (treated / cap)^2)."""
+        if self.cap is not None:
+            gradient *= 1 - (treated.float() / self.cap) ** 2
+        if self.factor != 1.0:
+            gradient *= self.factor
+        return gradient
+
+
+def make_logit_transform(config: Any) -> LogitTransform:
+    """What the model does to its logits, as its modeling code in transformers does it.
+
+    Gemma soft-caps, Granite divides by logits_scaling (HyperCLOVA X multiplies), Cohere multiplies by logit_scale,
+    Falcon-H1 by lm_head_multiplier.
+    """
     factor = 1.0
     for key in ("logit_scale", "lm_head_multiplier"):
         value = getattr(config, key, None)
@@ -72,13 +184,7 @@ def make_logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
     scaling = getattr(config, "logits_scaling", None)
     if isinstance(scaling, int | float):
         factor = factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
-
-    def transform(logits: Tensor) -> Tensor:
-        if factor != 1.0:
-            logits = logits * factor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return transform
+    return LogitTransform(factor=factor, cap=getattr(config, "final_logit_softcapping", None))
 
 
 def check_loss_head(model: nn.Module, base: Any, *, loss_head: str, device: torch.device) -> None:
@@ -88,6 +194,12 @@ def check_loss_head(model: nn.Module, base: Any, *, loss_head: str, device: torc
     """
     if loss_head == "full":
         return
+    head = base.get_output_embeddings()
+    if loss_head == "fused" and type(head) is not nn.Linear:
+        raise RunError(
+            f"the fused loss head multiplies with the LM head itself, and that of {type(base).__name__} is a "
+            f'{type(head).__name__}: set train.loss_head = "chunked"'
+        )
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(3, 19, device=device).remainder(vocabulary).unsqueeze(0)
     training = model.training

@@ -43,8 +43,8 @@ def suggest_change(strategy: Strategy) -> str:
     whole = micro * strategy.gradient_accumulation_steps
     if micro > 1:
         return f"train.micro_batch_size={max(size for size in range(1, micro // 2 + 1) if whole % size == 0)}"
-    if not strategy.gradient_checkpointing:
+    if not strategy.checkpointed_layers:
         return "train.gradient_checkpointing=true"
     if strategy.loss_head == "full":
-        return "train.loss_head=chunked"
+        return "train.loss_head=fused"
     return "data.max_length=512" if strategy.method == "qlora" else "method.kind=qlora"

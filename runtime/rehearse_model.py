@@ -97,11 +97,12 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
     """The model on meta with its adapters, its layers cut to those that are traced; make_fakes() comes next."""
     base = _build_base(config, strategy)
     weights, tied = _list_weights(base), _find_tied(base)
-    plan = _plan_cut(base) if cut else _no_cut(base)
+    plan = _plan_cut(base, strategy) if cut else _no_cut(base)
     _cut_layers(base, plan)
     with torch.device("meta"):
         model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
-    prepare_training(base, strategy)
+    checkpointed = sum(index < strategy.checkpointed_layers for index in plan.picked)
+    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed}))
     model.train()
     expanded = tuple(_expand(model, base, plan))
     adapters = tuple(spec for name, spec in expanded if ".lora_" in name)
@@ -197,8 +198,8 @@ def _find_tied(base: Any) -> TensorSpec | None:
     return _make_spec(head, "weight", head.weight)
 
 
-def _kinds(base: Any) -> list[tuple[Any, ...]]:
-    """What tells one decoder layer from another: shapes, and plain attributes but its number."""
+def _kinds(base: Any, strategy: Strategy) -> list[tuple[Any, ...]]:
+    """What tells one decoder layer from another: shapes, plain attributes but its number, and checkpointing."""
     types = getattr(base.config.get_text_config(), "layer_types", None)
     kinds: list[tuple[Any, ...]] = []
     for index, layer in enumerate(find_layers(base)):
@@ -209,7 +210,8 @@ def _kinds(base: Any) -> list[tuple[Any, ...]]:
             for key, value in vars(module).items()
             if isinstance(value, bool | int | float | str) and key != "layer_idx"
         )
-        kinds.append((shapes, plain, types[index] if types and index < len(types) else None))
+        kind = types[index] if types and index < len(types) else None
+        kinds.append((shapes, plain, kind, index < strategy.checkpointed_layers))
     return kinds
 
 
@@ -218,9 +220,9 @@ def _no_cut(base: Any) -> Cut:
     return Cut(layers=layers, picked=tuple(range(layers)), blocks=(layers,), copies=0)
 
 
-def _plan_cut(base: Any) -> Cut:
+def _plan_cut(base: Any, strategy: Strategy) -> Cut:
     """The fewest layers that show every transition: a first block, three alike, and a last one with what remains."""
-    kinds = _kinds(base)
+    kinds = _kinds(base, strategy)
     layers = len(kinds)
     for period in range(1, layers // BLOCKS_TRACED + 1):
         for lead in range(min(period, 4) + 1):

@@ -33,6 +33,7 @@ CONTRACT: Kinds = {
         "micro_batch_size": int,
         "gradient_accumulation_steps": int,
         "gradient_checkpointing": bool,
+        "checkpointed_layers": int,
         "loss_head": str,
         "optimizer": str,
         "compile": bool,

@@ -67,7 +67,7 @@ def make_strategy(method: str = "lora", **changes: Any) -> Strategy:
         "adapter_targets": "all-linear" if has_adapter else None,
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "checkpointed_layers": 0,
         "loss_head": "full",
         "optimizer": "adamw",
         "learning_rate": 1e-4,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import CPU, FP32_CPU, make_gpu, make_inputs, make_strategy
+from plans import CPU, FP32_CPU, find_shape, make_gpu, make_inputs, make_strategy
 
 from fitune.planner.candidates import (
     estimate_relative_time,
@@ -22,6 +22,8 @@ from fitune.recipes.errors import PlanError
 from fitune.recipes.schema import Recipe
 
 H100, T4, V100 = make_gpu("H100 80GB"), make_gpu("T4"), make_gpu("V100 16GB")
+SHAPE = find_shape("llama-3.2-1b")
+LAYERS = SHAPE.layers
 
 
 def recipe_with(**tables: Any) -> Recipe:
@@ -29,7 +31,7 @@ def recipe_with(**tables: Any) -> Recipe:
 
 
 def list_all(tables: Mapping[str, Any], device: Device, method: str) -> list[Strategy]:
-    return list(list_strategies(recipe_with(**tables), device, method))  # type: ignore[arg-type]
+    return list(list_strategies(recipe_with(**tables), device, method, SHAPE))  # type: ignore[arg-type]
 
 
 def dtypes(tables: Mapping[str, Any], device: Device, method: str) -> set[tuple[str, str, str | None]]:
@@ -57,10 +59,9 @@ def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -
     ("key", "value", "field"),
     [
         ("micro_batch_size", 4, "micro_batch_size"),
-        ("gradient_checkpointing", True, "gradient_checkpointing"),
-        ("gradient_checkpointing", False, "gradient_checkpointing"),
         ("loss_head", "chunked", "loss_head"),
         ("loss_head", "full", "loss_head"),
+        ("loss_head", "fused", "loss_head"),
         ("optimizer", "adafactor", "optimizer"),
         ("optimizer", "paged_adamw", "optimizer"),
         ("compile", True, "compile"),
@@ -83,8 +84,8 @@ def test_compiled_layers_are_refused_for_qlora_and_left_to_the_others() -> None:
 
 def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     found = list_all({}, H100, "lora")
-    assert {one.gradient_checkpointing for one in found} == {False, True}
-    assert {one.loss_head for one in found} == {"full", "chunked"}
+    assert {one.checkpointed_layers for one in found} == {0, LAYERS}
+    assert {one.loss_head for one in found} == {"full", "fused", "chunked"}
     assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
     assert {one.compile for one in found} == {False}
 
@@ -100,9 +101,9 @@ def test_with_offload_checkpointing_is_tried_first_on_a_gpu() -> None:
     """All activations cross the bus without it, and with it each layer's input only."""
     for offload, device, first in ((True, H100, True), (False, H100, False), (True, CPU, False)):
         kept, checkpointed = (
-            make_strategy(activation_offload=offload, gradient_checkpointing=on) for on in (False, True)
+            make_strategy(activation_offload=offload, checkpointed_layers=LAYERS if on else 0) for on in (False, True)
         )
-        is_first = order_key(checkpointed, device, 4096) < order_key(kept, device, 4096)
+        is_first = order_key(checkpointed, device, 4096, LAYERS) < order_key(kept, device, 4096, LAYERS)
         assert is_first == first
 
 
@@ -179,21 +180,41 @@ def test_flash_attention_is_refused_where_it_has_no_kernels(device: Device) -> N
 
 
 def test_a_family_without_sdpa_gets_eager_attention() -> None:
-    recipe = recipe_with()
-    found = {has: {s.attention for s in list_strategies(recipe, H100, "lora", has_sdpa=has)} for has in (True, False)}
-    assert found == {True: {"sdpa"}, False: {"eager"}}
+    capped = find_shape("gemma-2-2b")
+    assert not capped.has_sdpa
+    found = [{s.attention for s in list_strategies(recipe_with(), H100, "lora", one)} for one in (SHAPE, capped)]
+    assert found == [{"sdpa"}, {"eager"}]
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(True, LAYERS), (False, 0), (1, 1), (5, 5), (LAYERS, LAYERS)])
+def test_a_number_of_layers_is_checkpointed_all_or_none(asked: bool | int, layers: int) -> None:
+    found = list_all({"train": {"gradient_checkpointing": asked}}, H100, "lora")
+    assert {one.checkpointed_layers for one in found} == {layers}
+
+
+def test_no_more_layers_are_checkpointed_than_there_are() -> None:
+    with pytest.raises(PlanError, match=r"train\.gradient_checkpointing: 17 is more than the 16 layers"):
+        list_all({"train": {"gradient_checkpointing": 17}}, H100, "lora")
+
+
+def test_the_fused_head_is_not_for_an_lm_head_with_an_adapter() -> None:
+    adapted = {"method": {"targets": ["q_proj", "lm_head"]}}
+    assert {one.loss_head for one in list_all(adapted, H100, "lora")} == {"full", "chunked"}
+    assert "fused" in {one.loss_head for one in list_all(adapted, H100, "full")}
+    with pytest.raises(PlanError, match=r'train\.loss_head: "fused" computes without the adapter'):
+        list_all({**adapted, "train": {"loss_head": "fused"}}, H100, "lora")
 
 
 def test_exact_weights_come_before_rounded_ones_however_slow() -> None:
-    slow = make_strategy("full", weights_dtype="fp32", gradient_checkpointing=True, loss_head="chunked")
+    slow = make_strategy("full", weights_dtype="fp32", checkpointed_layers=LAYERS, loss_head="chunked")
     fast = make_strategy("full", weights_dtype="bf16")
-    assert order_key(slow, H100, 4096) < order_key(fast, H100, 4096)
+    assert order_key(slow, H100, 4096, LAYERS) < order_key(fast, H100, 4096, LAYERS)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"gradient_checkpointing": True}, "computes the forward twice"),
+        ({"checkpointed_layers": 1}, "computes the forward twice"),
         ({"loss_head": "chunked"}, "smaller matrices"),
         ({"optimizer": "paged_adamw_8bit"}, "states cross the bus"),
         ({"activation_offload": True}, "activations cross the bus"),
@@ -203,12 +224,12 @@ def test_exact_weights_come_before_rounded_ones_however_slow() -> None:
 )
 def test_what_costs_time_or_precision_is_tried_later(change: dict[str, Any], why: str) -> None:
     plain, costly = make_strategy(), make_strategy(**change)
-    assert order_key(plain, H100, 4096) < order_key(costly, H100, 4096), why
+    assert order_key(plain, H100, 4096, LAYERS) < order_key(costly, H100, 4096, LAYERS), why
 
 
 def test_a_larger_micro_batch_is_faster_until_the_device_is_busy() -> None:
     def time(rows: int, length: int = 512) -> float:
-        return estimate_relative_time(make_strategy(micro_batch_size=rows), H100, length)
+        return estimate_relative_time(make_strategy(micro_batch_size=rows), H100, length, LAYERS)
 
     assert time(1) > time(2) > time(4) == time(64) == 1.0
     assert time(1, 8192) == 1.0
@@ -217,4 +238,4 @@ def test_a_larger_micro_batch_is_faster_until_the_device_is_busy() -> None:
 @given(st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 256), st.integers(1, 10**5))
 def test_no_strategy_is_faster_than_the_fastest(method: str, rows: int, length: int) -> None:
     for device in (H100, CPU):
-        assert estimate_relative_time(make_strategy(method, micro_batch_size=rows), device, length) >= 1.0
+        assert estimate_relative_time(make_strategy(method, micro_batch_size=rows), device, length, LAYERS) >= 1.0

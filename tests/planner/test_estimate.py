@@ -51,7 +51,7 @@ def strategies(draw: st.DrawFn) -> Strategy:
         attention=draw(st.sampled_from(["sdpa", "eager"])),
         micro_batch_size=draw(st.integers(1, 16)),
         gradient_accumulation_steps=draw(st.sampled_from([1, 2, 16])),
-        gradient_checkpointing=draw(st.booleans()),
+        checkpointed_layers=draw(st.sampled_from([0, 3, 99])),
         loss_head=draw(st.sampled_from(["full", "chunked"])),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         double_quantization=draw(st.booleans()),
@@ -105,7 +105,7 @@ def test_a_higher_rank_needs_more(name: str, method: str, rank: int, kind: str) 
 def test_checkpointing_never_needs_more(name: str, strategy: Strategy, length: int, kind: str) -> None:
     plain = strategy.model_copy(update={"activation_offload": False})  # with offload there is nothing left to spare
     without, checkpointed = (
-        estimate(name, plain.model_copy(update={"gradient_checkpointing": on}), length, DEVICES[kind])
+        estimate(name, plain.model_copy(update={"checkpointed_layers": 99 * on}), length, DEVICES[kind])
         for on in (False, True)
     )
     one_checkpoint = 1.01  # where gradients and states are the peak, the first layer's input is still there
@@ -152,7 +152,7 @@ def test_the_margin_is_a_share_and_a_constant_over_the_device_peak(kind: str) ->
 
 
 def test_tied_embeddings_need_a_second_gradient_of_their_size() -> None:
-    strategy = make_strategy("full", gradient_checkpointing=True, loss_head="chunked")
+    strategy = make_strategy("full", checkpointed_layers=99, loss_head="chunked")
     memory = estimate("llama-3.2-1b", strategy, length=64)
     embedding = 2 * find_shape("llama-3.2-1b").embedding_parameters
     assert memory.peak_phase == "backward"
@@ -168,7 +168,7 @@ def test_an_adapter_on_disk_is_small_and_its_merged_model_is_not() -> None:
 
 
 def test_merging_needs_ram_for_the_16_bit_base_and_no_memory_of_the_gpu() -> None:
-    strategy, base = make_strategy("qlora", gradient_checkpointing=True), 2 * find_shape("llama-3.1-8b").parameters
+    strategy, base = make_strategy("qlora", checkpointed_layers=99), 2 * find_shape("llama-3.1-8b").parameters
     on_gpu = [estimate("llama-3.1-8b", strategy, merge=merge) for merge in (False, True)]
     assert on_gpu[0].required_bytes == on_gpu[1].required_bytes
     assert on_gpu[1].host_bytes > base > on_gpu[0].host_bytes
@@ -212,7 +212,9 @@ def test_offload_changes_nothing_on_a_cpu(name: str, strategy: Strategy, length:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_leaves_the_device_is_in_ram(checkpointing: bool) -> None:
-    strategy = make_strategy("qlora", gradient_checkpointing=checkpointing, loss_head="chunked", micro_batch_size=4)
+    strategy = make_strategy(
+        "qlora", checkpointed_layers=99 if checkpointing else 0, loss_head="chunked", micro_batch_size=4
+    )
     kept, offloaded = offload_both_ways("llama-3.1-8b", strategy, 4096)
     left = kept.peak_allocated_bytes - offloaded.peak_allocated_bytes
     assert left > GiB
@@ -235,7 +237,7 @@ def test_an_offloaded_layer_is_on_the_device_with_all_gradients() -> None:
         (
             "llama-3.1-8b",
             8192,
-            {"method": "qlora", "gradient_checkpointing": True, "loss_head": "chunked"},
+            {"method": "qlora", "checkpointed_layers": 99, "loss_head": "chunked"},
             7221,
             8166,
             2176,

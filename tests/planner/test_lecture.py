@@ -47,7 +47,7 @@ def make_full_strategy(weights_dtype: Dtype, optimizer: Optimizer) -> Strategy:
         compute_dtype="bf16",
         micro_batch_size=1,
         gradient_accumulation_steps=1,
-        gradient_checkpointing=True,
+        checkpointed_layers=99,
         loss_head="full",
         optimizer=optimizer,
         learning_rate=2e-5,

@@ -44,7 +44,7 @@ def estimate_step(row: dict[str, Any], architectures: dict[str, Any]) -> Step:
         attention=row["attention"],
         micro_batch_size=row["micro_batch_size"],
         gradient_accumulation_steps=row["gradient_accumulation_steps"],
-        gradient_checkpointing=row["gradient_checkpointing"],
+        checkpointed_layers=99 if row["gradient_checkpointing"] else 0,
         loss_head=row["loss_head"],
         optimizer=row["optimizer"],
         learning_rate=1e-4,

@@ -50,7 +50,7 @@ def test_nothing_that_was_preferred_and_fits_is_passed_over() -> None:
     for one in plan.rejected:
         assert one.needed_bytes > one.budget_bytes
         rejected.add(one.strategy)
-    full = set(list_strategies(inputs.recipe_file.recipe, inputs.device, "full"))
+    full = set(list_strategies(inputs.recipe_file.recipe, inputs.device, "full", inputs.shape))
     assert plan.strategy.method == "lora"
     assert full <= rejected
     assert plan.strategy not in rejected
@@ -59,8 +59,8 @@ def test_nothing_that_was_preferred_and_fits_is_passed_over() -> None:
 def test_the_chosen_strategy_is_the_first_that_fits_in_the_documented_order() -> None:
     plan = plan_for(LLAMA_8B | {"method": {"kind": "qlora"}}, make_gpu("RTX 4090"))
     assert plan.fits
-    assert not plan.strategy.gradient_checkpointing or all(
-        one.strategy.gradient_checkpointing or one.needed_bytes > one.budget_bytes for one in plan.rejected
+    assert not plan.strategy.checkpointed_layers or all(
+        one.strategy.checkpointed_layers or one.needed_bytes > one.budget_bytes for one in plan.rejected
     )
     inputs = make_inputs(LLAMA_8B | {"method": {"kind": "qlora"}}, make_gpu("RTX 4090"))
     assert make_plan(inputs) == plan, "the same inputs make the same plan"
@@ -362,8 +362,8 @@ recipes = st.fixed_dictionaries(
             {
                 "global_batch_size": st.integers(1, 300),
                 "optimizer": auto | st.sampled_from(["adamw", "adamw_32bit", "paged_adamw", "adafactor"]),
-                "gradient_checkpointing": auto | st.booleans(),
-                "loss_head": auto | st.sampled_from(["full", "chunked"]),
+                "gradient_checkpointing": auto | st.booleans() | st.integers(1, 16),
+                "loss_head": auto | st.sampled_from(["full", "chunked", "fused"]),
                 "compile": auto | st.booleans(),
                 "activation_offload": st.booleans(),
                 "expandable_segments": st.booleans(),

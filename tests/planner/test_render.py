@@ -79,7 +79,7 @@ def test_each_kind_of_rejected_candidate_is_one_line_with_what_it_needs_and_why(
     lines = render(plan, 120).splitlines()
     assert f"Rejected: {len(plan.rejected)} candidates; of each kind the closest" in [line.strip() for line in lines]
     full = [one for one in plan.rejected if one.strategy.method == "full" and one.strategy.weights_dtype == "bf16"]
-    kept = [one for one in full if not one.strategy.gradient_checkpointing]
+    kept = [one for one in full if not one.strategy.checkpointed_layers]
     closest = min(kept, key=lambda one: one.needed_bytes)
     (line,) = [line for line in lines if line.startswith("full bf16 ")]
     assert line.split()[2:4] == [f"{closest.needed_bytes / GiB:.2f}", f"{closest.budget_bytes / GiB:.2f}"]

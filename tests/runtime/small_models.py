@@ -93,7 +93,7 @@ def make_strategy(method: str = "full", **changes: Any) -> Strategy:
         "compute_dtype": "fp32",
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "checkpointed_layers": 0,
         "loss_head": "full",
         "optimizer": "adamw",
         "learning_rate": 1e-3,

@@ -11,7 +11,7 @@ from fitune.recipes.errors import RunError
 from fitune.runtime import losses
 from fitune.runtime.losses import check_loss_head, compute_loss, make_logit_transform
 
-HEADS = ("full", "chunked")
+HEADS = ("full", "chunked", "fused")
 CPU = torch.device("cpu")
 
 
@@ -60,7 +60,7 @@ def test_a_loss_head_equals_the_models_own_loss_and_gradients(model_type: str, h
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "granite", "granitemoe", "cohere", "cohere2"])
-def test_what_a_model_does_to_its_logits_is_known_to_the_chunked_head(model_type: str) -> None:
+def test_what_a_model_does_to_its_logits_is_known(model_type: str) -> None:
     model = build_small_model(model_type)
     hidden = torch.randn(5, 64)
     logits = model.get_output_embeddings()(hidden)
@@ -109,13 +109,17 @@ def test_losses_of_micro_batches_add_up_to_the_mean_over_all_trained_tokens(head
     assert_same_gradients(find_gradients(model, parts[0] + parts[1]), find_gradients(model, whole))
 
 
-def test_both_heads_agree_under_autocast() -> None:
+def test_all_heads_agree_under_autocast() -> None:
     model = build_small_model("gemma2", final_logit_softcapping=30.0)
     ids = make_tokens(2, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        full, chunked = (compute_loss(model, model, ids, ids, loss_head=head, tokens=46) for head in HEADS)
-    assert full.dtype == chunked.dtype == torch.float32
-    torch.testing.assert_close(chunked, full, rtol=1e-3, atol=0)
+        full, *others = (compute_loss(model, model, ids, ids, loss_head=head, tokens=46) for head in HEADS)
+    expected = find_gradients(model, full)
+    for loss in others:
+        assert loss.dtype == full.dtype == torch.float32
+        torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
+        for name, found in find_gradients(model, loss).items():
+            assert (found - expected[name]).norm() < 0.03 * expected[name].norm(), name
 
 
 def test_the_chunked_head_keeps_the_logits_of_no_more_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

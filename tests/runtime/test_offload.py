@@ -96,7 +96,7 @@ def offloading(base: Any, hooks: OffloadHooks | None) -> Iterator[None]:
 def test_gradients_are_the_same_to_the_bit(
     tmp_path: Path, method: str, model_type: str, changes: dict[str, Any], checkpointing: bool
 ) -> None:
-    built, strategy = build(tmp_path, method, model_type, gradient_checkpointing=checkpointing, **changes)
+    built, strategy = build(tmp_path, method, model_type, checkpointed_layers=99 if checkpointing else 0, **changes)
     hooks = CountingHooks(built.base)
     offloaded = compute_gradients(built, strategy, hooks)
     plain = compute_gradients(built, strategy, None)
@@ -129,7 +129,7 @@ def test_weights_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_a_checkpointed_layer_offloads_its_input_only(tmp_path: Path) -> None:
-    built, strategy = build(tmp_path, gradient_checkpointing=True)
+    built, strategy = build(tmp_path, checkpointed_layers=2)
     hooks = CountingHooks(built.base)
     compute_gradients(built, strategy, hooks)
     hidden = ROWS * LENGTH * 64
@@ -288,7 +288,9 @@ def test_a_step_on_a_cpu_is_the_same_with_and_without() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_planner_knows_how_much_goes_to_the_host(checkpointing: bool, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "head_dim": 32}
-    strategy = make_strategy(micro_batch_size=ROWS, gradient_checkpointing=checkpointing, activation_offload=True)
+    strategy = make_strategy(
+        micro_batch_size=ROWS, checkpointed_layers=99 if checkpointing else 0, activation_offload=True
+    )
     built = build_model(save_small_model(tmp_path, **sizes), strategy, CPU)
     hooks = CountingHooks(built.base)
     compute_gradients(built, strategy, hooks)

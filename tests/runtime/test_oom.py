@@ -73,7 +73,7 @@ def test_another_error_is_not() -> None:
 @given(micro=st.integers(1, 96), accumulation=st.integers(1, 8), checkpointing=st.booleans())
 def test_what_is_suggested_is_a_valid_smaller_step(micro: int, accumulation: int, checkpointing: bool) -> None:
     strategy = make_strategy(
-        micro_batch_size=micro, gradient_accumulation_steps=accumulation, gradient_checkpointing=checkpointing
+        micro_batch_size=micro, gradient_accumulation_steps=accumulation, checkpointed_layers=2 if checkpointing else 0
     )
     key, _, value = suggest_change(strategy).partition("=")
     if micro == 1:
@@ -87,13 +87,13 @@ def test_what_is_suggested_is_a_valid_smaller_step(micro: int, accumulation: int
     ("strategy", "expected"),
     [
         (make_strategy(micro_batch_size=1), "train.gradient_checkpointing=true"),
-        (make_strategy(micro_batch_size=1, gradient_checkpointing=True), "train.loss_head=chunked"),
+        (make_strategy(micro_batch_size=1, checkpointed_layers=2), "train.loss_head=fused"),
         (
-            make_strategy("lora", micro_batch_size=1, gradient_checkpointing=True, loss_head="chunked"),
+            make_strategy("lora", micro_batch_size=1, checkpointed_layers=2, loss_head="chunked"),
             "method.kind=qlora",
         ),
         (
-            make_strategy("qlora", micro_batch_size=1, gradient_checkpointing=True, loss_head="chunked"),
+            make_strategy("qlora", micro_batch_size=1, checkpointed_layers=2, loss_head="chunked"),
             "data.max_length=512",
         ),
     ],

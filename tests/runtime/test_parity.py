@@ -96,7 +96,7 @@ def train_with_transformers(recipe: Path, folder: Path) -> list[dict[str, float]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("loss_head", ["full", "chunked"])
+@pytest.mark.parametrize("loss_head", ["full", "chunked", "fused"])
 def test_losses_are_those_of_transformers_trainer_step_for_step(tmp_path: Path, method: str, loss_head: str) -> None:
     model = save_small_model(tmp_path / "model")
     recipe = write_recipe(

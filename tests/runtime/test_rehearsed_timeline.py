@@ -27,7 +27,7 @@ LLAMA: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora, accumulated": {"gradient_accumulation_steps": 5},
-    "lora, twice": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    "lora, twice": {"gradient_accumulation_steps": 2, "checkpointed_layers": 99},
     "qlora, paged": {"method": "qlora", "optimizer": "paged_adamw_8bit", "loss_head": "chunked"},
     "full": {"method": "full", "adapter_dtype": None, "adapter_rank": None, "adapter_targets": None},
     "full, adafactor": {
@@ -54,7 +54,7 @@ def predict(changes: dict[str, Any]) -> tuple[Memory, Timeline]:
         "adapter_targets": "all-linear",
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "checkpointed_layers": 0,
         "loss_head": "full",
         "optimizer": "adamw",
         "learning_rate": 1e-4,

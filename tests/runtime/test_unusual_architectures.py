@@ -70,7 +70,7 @@ def make_strategy(config: dict[str, Any], method: str, **changes: Any) -> Strate
         "attention": "sdpa" if make_shape_of_model(config).has_sdpa else "eager",
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": True,
+        "checkpointed_layers": 99,
         "loss_head": "chunked",
         "optimizer": "adamw",
         "learning_rate": 1e-4,
