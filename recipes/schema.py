@@ -100,18 +100,47 @@ class ModelTable(Table):
     """Whether code that a hub model brings along may run."""
 
 
-DataFormat = Literal["auto", "instruction", "messages", "completion", "text"]
+DataFormat = Literal["auto", "instruction", "messages", "sharegpt", "completion", "text"]
+
+
+class Columns(Table):
+    """The names that columns have in a dataset; unset: their own, or a common alias."""
+
+    messages: Text | None = None
+    """A conversation: a list of {role, content}."""
+    conversations: Text | None = None
+    """A conversation in ShareGPT's form: a list of {from, value}."""
+    prompt: Text | None = None
+    """Raw text before a completion."""
+    completion: Text | None = None
+    """Raw text to train on."""
+    instruction: Text | None = None
+    """What the user asks."""
+    context: Text | None = None
+    """What the user adds to the instruction."""
+    output: Text | None = None
+    """The answer."""
+    system: Text | None = None
+    """The system prompt."""
+    text: Text | None = None
+    """Text to train on as a whole."""
 
 
 class DataSource(Table):
     """One dataset of a mixture."""
 
     path: Text
-    """Its rows: a path, else a hub id."""
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """How often its rows are seen, relative to the other sources; above 0."""
+    """Its rows: a file, a folder, a pattern such as "data/*.jsonl"; else a hub id."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Its share of the rows drawn, relative to the other sources, above 0; unset for all: every row once an epoch."""
     format: DataFormat = "auto"
     """Form of its rows; auto: as in `data.format`."""
+    columns: Columns | None = None
+    """The names of its columns; unset: as in `data.columns`."""
+    subset: Text | None = None
+    """Configuration of a hub dataset; unset: its default."""
+    split: Text | None = None
+    """Split of a dataset that has several; unset: train, and validation or test for `data.eval`."""
 
 
 Sources = Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
@@ -121,17 +150,40 @@ class DataTable(Table):
     """What the model is trained on and judged by."""
 
     train: Text | Sources
-    """Training rows: a path, else a hub id; or a list of tables {path, weight, format} for a mixture."""
-    eval: Text | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Held-out rows: a path, else a hub id; or the fraction of the training rows to hold out, above 0 and below 1."""
+    """Training rows: a file, a folder, a pattern such as "data/*.jsonl", else a hub id; or a list of such sources."""
+    eval: Text | Annotated[float, Field(gt=0, lt=1)] | Sources | None = None
+    """Held-out rows, written as in `train`; or the fraction of the training rows to hold out, above 0 and below 1."""
     format: DataFormat = "auto"
     """Form of the rows; auto: seen from the first row's keys."""
+    columns: Columns | None = None
+    """The names of the columns in the dataset, such as { prompt = "question", completion = "answer" }."""
     max_length: Count = 2048
-    """Longest row in tokens; longer rows are cut at the right."""
+    """Longest row in tokens."""
+    overlong: Literal["truncate", "split", "drop"] = "truncate"
+    """What becomes of a longer row: cut at the right; split, a conversation between its turns; or left out."""
+    max_truncated: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the rows that may be cut, 0 to 1; a run with more of them is refused."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What is trained: the assistant's answers (of completions the completion), the last answer, or every token."""
     packing: bool = False
     """Whether short rows are put together into rows of max_length."""
     system: Prompt | None = None
     """System prompt for rows that have none."""
+
+    @field_validator("train")
+    @classmethod
+    def _check_weights(cls, train: str | tuple[DataSource, ...]) -> str | tuple[DataSource, ...]:
+        weights = [] if isinstance(train, str) else [source.weight for source in train]
+        if None in weights and any(weights):
+            raise ValueError("give every source a weight, or none")
+        return train
+
+    @field_validator("eval")
+    @classmethod
+    def _check_unweighted(cls, eval: str | float | tuple[DataSource, ...] | None) -> object:
+        if isinstance(eval, tuple) and any(source.weight is not None for source in eval):
+            raise ValueError("held-out sources have no weight: every row is evaluated once")
+        return eval
 
 
 class MethodTable(Table):

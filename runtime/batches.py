@@ -71,14 +71,15 @@ def iterate_batches(
     max_steps: int | None = None,
 ) -> Iterator[GlobalBatch]:
     """The global batches of a run, made as they are asked for; with max_steps epochs go on as needed."""
-    rows = tokenized.rows
-    steps = count_steps(len(rows), global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
-    per_epoch = -(-len(rows) // global_batch_size)
+    rows = tokenized.epoch_rows
+    steps = count_steps(rows, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
+    per_epoch = -(-rows // global_batch_size)
     order: list[int] = []
     for step in range(steps):
         epoch, position = divmod(step, per_epoch)
         if position == 0:
-            order = epoch_order(len(rows), epoch=epoch, seed=seed)
+            drawn = tokenized.draw_epoch(epoch=epoch, seed=seed)
+            order = [drawn[index] for index in epoch_order(len(drawn), epoch=epoch, seed=seed)]
         chosen = order[position * global_batch_size : (position + 1) * global_batch_size]
         yield _make_global_batch(tokenized, chosen, micro_batch_size, step=step + 1, epoch=epoch)
 

@@ -25,6 +25,7 @@ MEASURED_SETTINGS = {
     "budget.memory": "6GiB",
     "data.eval": "0.01",
     "data.max_length": "128",
+    "data.max_truncated": "1",
     "train.max_steps": "4",
     "train.optimizer": "adamw",
 }

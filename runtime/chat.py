@@ -13,9 +13,11 @@ from ..planner.plan import Plan
 from ..recipes.errors import FituneError, RunError
 from ..recipes.schema import ModelTable
 from .build import load_base
+from .encoding import Encoder
 from .models import fetch_model, find_model_source
 from .quiet import quiet_libraries
 from .report import load_report
+from .rows import Message
 from .step import autocast
 from .tokens import find_stop_token_ids
 
@@ -41,10 +43,10 @@ class ChatModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(plan, name, folder)
         self.model.eval()
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
         system = plan.resolved_recipe["data"].get("system")
         if system:
-            self.messages.append({"role": "system", "content": system})
+            self.messages.append(Message(role="system", content=system))
 
     def _load(self, plan: Plan, name: str, folder: Path) -> Any:
         """The full model, or the base with its adapter on top; the base alone where that is asked for."""
@@ -76,11 +78,8 @@ class ChatModel:
         """Answer `question`, calling `write` with each piece of text as it comes; returns the whole answer."""
         from transformers import TextIteratorStreamer
 
-        self.messages.append({"role": "user", "content": question})
-        prompt = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        ids = prompt["input_ids"].to(self.device)
+        self.messages.append(Message(role="user", content=question))
+        ids = torch.tensor([Encoder(self.tokenizer).encode_prompt(self.messages)], device=self.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         thread = Thread(target=self._generate, args=(ids, streamer), daemon=True)
         thread.start()
@@ -92,7 +91,7 @@ class ChatModel:
         if self._failure is not None:
             raise self._failure
         answer = "".join(pieces)
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages.append(Message(role="assistant", content=answer))
         return answer
 
     def _generate(self, ids: torch.Tensor, streamer: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from ..planner.strategy import Strategy
 from .batches import iterate_eval_batches
 from .build import BuiltModel
+from .encoding import Encoder
 from .losses import compute_loss
 from .step import autocast, uncast_adapter_inputs
 
@@ -51,13 +52,7 @@ def answer(
     stop_token_ids: tuple[int, ...],
 ) -> str:
     """The model's greedy answer to a conversation that ends with a question."""
-    prompt: Any = tokenizer.apply_chat_template(
-        [{"role": one.role, "content": one.content} for one in messages],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    ids = prompt["input_ids"].to(device)
+    ids = torch.tensor([Encoder(tokenizer).encode_prompt(messages)], device=device)
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(strategy, device):

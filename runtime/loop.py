@@ -63,7 +63,7 @@ class TrainingLoop:
         self.strategy, self.built, self.accelerator = strategy, built, accelerator
         self.meter, self.progress, self.max_grad_norm = meter, progress, train.max_grad_norm
         size, epochs, max_steps = train.global_batch_size, train.epochs, train.max_steps
-        self.steps = count_steps(len(rows), global_batch_size=size, epochs=epochs, max_steps=max_steps)
+        self.steps = count_steps(rows.epoch_rows, global_batch_size=size, epochs=epochs, max_steps=max_steps)
         self.batches = iterate_batches(
             rows,
             global_batch_size=size,

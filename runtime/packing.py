@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -26,19 +27,32 @@ MOST_DIFFERENCE = 0.05
 
 
 def pack_rows(tokenized: TokenizedRows) -> TokenizedRows:
-    """The same documents in as few rows of at most `max_length` tokens as best-fit decreasing finds."""
+    """The same documents in as few rows of at most `max_length` tokens as best-fit decreasing finds.
+
+    The sources of a mixture are packed apart, so that each keeps its share.
+    """
+    sizes = [part.rows for part in tokenized.parts] or [len(tokenized)]
+    stops = list(accumulate(sizes))
+    packed = [
+        _pack(tokenized.rows[stop - size : stop], tokenized.max_length) for size, stop in zip(sizes, stops, strict=True)
+    ]
+    parts = tuple(replace(part, rows=len(rows)) for part, rows in zip(tokenized.parts, packed, strict=False))
+    return replace(tokenized, rows=tuple(chain.from_iterable(packed)), parts=parts)
+
+
+def _pack(rows: Sequence[TokenizedRow], max_length: int) -> list[TokenizedRow]:
     bins: list[list[TokenizedRow]] = []
     room: list[tuple[int, int]] = []
-    for row in sorted(tokenized.rows, key=len, reverse=True):
+    for row in sorted(rows, key=len, reverse=True):
         place = bisect_left(room, (len(row), -1))
         if place == len(room):
             bins.append([])
-            left, index = tokenized.max_length, len(bins) - 1
+            left, index = max_length, len(bins) - 1
         else:
             left, index = room.pop(place)
         bins[index].append(row)
         insort(room, (left - len(row), index))
-    return replace(tokenized, rows=tuple(_join(rows) for rows in bins))
+    return [_join(documents) for documents in bins]
 
 
 def _join(rows: Sequence[TokenizedRow]) -> TokenizedRow:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,6 +19,7 @@ from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
+from .data import TokenizedData, tokenize_data
 from .devices import probe_device
 from .models import (
     ModelSource,
@@ -29,29 +29,8 @@ from .models import (
     measure_stored_bytes,
     measure_tokenizer_bytes,
 )
-from .rows import Row, load_rows
-from .tokens import TokenizedRows, tokenize_rows
+from .sources import LoadedRows, find_absent, load_rows
 from .versions import find_versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedData:
-    """The recipe's rows, ready to train on.
-
-    tokenizer:   with a chat template, the default one where the model has none
-    default_template: whether that default was needed
-    train, eval: tokenised rows; eval is None without held-out rows
-    eval_rows:   the held-out rows as text
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    default_template: bool
-    train: TokenizedRows
-    eval: TokenizedRows | None
-    eval_rows: tuple[Row, ...]
 
 
 class Job:
@@ -83,7 +62,7 @@ class Job:
         return make_shape_of_model(self.source.config)
 
     @cached_property
-    def rows(self) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> LoadedRows:
         """Training and held-out rows as text."""
         recipe = self.recipe_file.recipe
         return load_rows(recipe.data, self.recipe_file.resolve, seed=recipe.train.seed)
@@ -91,25 +70,10 @@ class Job:
     @cached_property
     def data(self) -> TokenizedData:
         """The rows as tokens; fetches the tokenizer where it is not here yet."""
-        from .templates import ensure_chat_template
-
         recipe = self.recipe_file.recipe
-        train, held_out = self.rows
+        loaded = self.rows
         tokenizer = load_tokenizer(self.source, trust_remote_code=recipe.model.trust_remote_code)
-        default_template = ensure_chat_template(tokenizer)
-        length = recipe.data.max_length
-        tokenized = tokenize_rows(train, tokenizer, max_length=length)
-        if recipe.data.packing:
-            from .packing import pack_rows
-
-            tokenized = pack_rows(tokenized)
-        return TokenizedData(
-            tokenizer=tokenizer,
-            default_template=default_template,
-            train=tokenized,
-            eval=tokenize_rows(held_out, tokenizer, max_length=length) if held_out else None,
-            eval_rows=tuple(held_out),
-        )
+        return tokenize_data(recipe.data, loaded, tokenizer)
 
     def find_data_facts(self, *, quick: bool) -> DataFacts:
         """The longest row and how many there are: from the tokenised dataset where it and the tokenizer are here."""
@@ -123,17 +87,16 @@ class Job:
             return DataFacts(longest_row_tokens=longest, source=f"{assumed}: {missing}")
         if "data" not in vars(self) and not has_local_tokenizer(self.source):
             why = "the model's tokenizer is not here yet"
-            return DataFacts(rows=len(self.rows[0]), longest_row_tokens=longest, source=f"{assumed}: {why}")
+            return DataFacts(rows=len(self.rows.train_rows), longest_row_tokens=longest, source=f"{assumed}: {why}")
         tokens = [self.data.train] + ([] if self.data.eval is None else [self.data.eval])
         width = padded_width(max(one.longest_row_tokens for one in tokens), max_length=longest)
-        return DataFacts(rows=len(self.data.train), longest_row_tokens=width, source="the longest row, tokenised")
+        return DataFacts(rows=self.data.train.epoch_rows, longest_row_tokens=width, source="the longest row, tokenised")
 
     def _find_missing_data(self) -> str | None:
         """A phrase where the training data is not here; a dataset on a hub is fetched by `run` only."""
-        train = self.recipe_file.recipe.data.train
-        written = [train] if isinstance(train, str) else [source.path for source in train]
-        absent = [one for one in written if not self.recipe_file.resolve(one).exists()]
-        return f"data.train: {absent[0]} is not here" if absent else None
+        data = self.recipe_file.recipe.data
+        absent = find_absent(data, self.recipe_file.resolve)
+        return f"data.train: {absent} is not here" if absent else None
 
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
@@ -256,5 +219,9 @@ def validate_job(job: Job) -> str:
         shape.lora_linears(recipe.method.targets)
     if recipe.budget.gpu is not None:
         find_gpu(recipe.budget.gpu)
-    train, held_out = job.rows
-    return f"{source.id} ({source.kind}), {len(train):,} rows to train on, {len(held_out):,} held out"
+    loaded = job.rows
+    formats = ", ".join(dict.fromkeys(source.format for source in loaded.train))
+    return (
+        f"{source.id} ({source.kind}), {len(loaded.train_rows):,} rows to train on ({formats}), "
+        f"{len(loaded.eval_rows):,} held out"
+    )

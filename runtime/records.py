@@ -1,68 +1,110 @@
-"""The raw records of a dataset: a .jsonl, .json or .txt file, a folder saved by `datasets`, or the Hugging Face hub."""
+"""The raw records of a dataset: files, folders and patterns of them, what `datasets` saved, or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import json
+import glob
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..recipes.errors import DataError
+from .readers import OPENERS, READERS, Record, has_reader, read_file, split_ending
 
-UTF8_BOM = b"\xef\xbb\xbf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-ALLOWED = "a .jsonl, .json or .txt file, a folder saved by datasets.save_to_disk, or a hub id such as owner/name"
+TRAIN_SPLITS = ("train",)
+EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+METADATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+"""Files about a dataset, which hold no rows."""
+ALLOWED = (
+    f"a file ending in {', '.join(READERS)} (compressed: {', '.join(OPENERS)}), a folder or pattern of them such as "
+    "data/*.jsonl, a folder saved by datasets.save_to_disk, or a hub id such as owner/name"
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """One record as it was read, before its meaning is known.
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One dataset as a recipe names it.
 
-    where:    file and line, such as `train.jsonl:17`
-    value:    the JSON value; None where it could not be read
-    problem:  why it could not be read, None for a readable one
+    name:    what errors call it: as the recipe writes it
+    path:    where it would be on this machine
+    splits:  the splits wanted, first choice first, where it has several; one alone is taken, whatever its name
+    split:   the one split that is wanted; None leaves it to `splits`
+    subset:  configuration of a hub dataset; None is its default
     """
 
-    where: str
-    value: object = None
-    problem: str | None = None
+    name: str
+    path: Path
+    splits: Sequence[str] = TRAIN_SPLITS
+    split: str | None = None
+    subset: str | None = None
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the name can be a hub id and nothing of that path is here; a known ending is never looked for there.
+
+        Raises DataError where the path cannot be looked at.
+        """
+        if HUB_ID.fullmatch(self.name) is None or has_reader(Path(self.name)):
+            return False
+        return not _exists(self.path, self.name)
 
 
-def load_records(source: Path | str, *, name: str, splits: Sequence[str]) -> Iterator[Record]:
-    """The records of a local file or folder (a Path) or of a dataset on the hub (its id, a str), in order.
+def load_records(dataset: Dataset, *, streaming: bool = False) -> Iterator[Record]:
+    """The records in order; `streaming` reads a dataset of the hub as it comes instead of fetching it whole."""
+    name, path = dataset.name, dataset.path
+    if dataset.is_on_hub:
+        return _load_from_hub(dataset, streaming=streaming)
+    if dataset.subset is not None:
+        raise DataError(f"{name}: only a dataset of the hub has a subset ({dataset.subset}); this is a local path")
+    if not _exists(path, name):
+        return _read_files(_find_matches(path, name), dataset)
+    if not path.is_dir():
+        if not has_reader(path):
+            raise DataError(f"{name}: files ending in {path.suffix!r} are not read; allowed: {ALLOWED}")
+        return read_file(path, name)
+    if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _load_saved_folder(dataset)
+    return _read_files(_find_in_folder(dataset), dataset)
 
-    `name` is what errors call the source; `splits` are the splits wanted, first choice first, where it has several.
-    """
-    if isinstance(source, str):
-        return _load_from_hub(source, splits)
+
+def is_here(name: str, path: Path) -> bool:
+    """Whether a path is on this machine, or a file that a pattern matches."""
+    return _exists(path, name) or bool(_match(path, name))
+
+
+def _exists(path: Path, name: str) -> bool:
     try:
-        exists, is_folder = source.exists(), source.is_dir()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-    if not exists:
-        raise DataError(f"{name}: no such file or folder{_nearest_file(source)}; allowed: {ALLOWED}")
-    if is_folder:
-        return _load_saved_folder(source, name, splits)
-    reader = READERS.get(source.suffix.lower())
-    if reader is None:
-        raise DataError(f"{name}: files ending in {source.suffix!r} are not read; allowed: {ALLOWED}")
-    return reader(source, name)
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def find_source(written: str, path: Path) -> Path | str:
-    """The path that a recipe's words stand for, or the words themselves where they can be a hub id and no path exists.
+def _find_matches(pattern: Path, name: str) -> list[Path]:
+    """The files that a pattern names, by name."""
+    if not glob.has_magic(str(pattern)):
+        raise DataError(f"{name}: no such file or folder{_nearest_file(pattern)}; allowed: {ALLOWED}")
+    found = _match(pattern, name)
+    files = [path for path in found if path.is_file() and has_reader(path) and path.name not in METADATA]
+    if not files:
+        others = f"; it names {found[0].name}, which is not read" if found else ""
+        raise DataError(f"{name}: no file matches this pattern{others}; allowed: {ALLOWED}")
+    return files
 
-    A path with a known ending is never looked for on the hub.
-    """
-    may_be_hub_id = HUB_ID.fullmatch(written) is not None and Path(written).suffix.lower() not in READERS
+
+def _match(pattern: Path, name: str) -> list[Path]:
+    """What a pattern matches, by name; nothing where it has none of `*`, `?` and `[`."""
+    parts = pattern.parts
+    fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if fixed == len(parts):
+        return []
     try:
-        return written if may_be_hub_id and not path.exists() else path
-    except OSError as error:
-        raise DataError(f"{written}: cannot be read: {error.strerror}") from error
+        return sorted(Path(*parts[:fixed]).glob("/".join(parts[fixed:])))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{name}: not a pattern of files: {error}") from error
 
 
 def _nearest_file(missing: Path) -> str:
@@ -72,118 +114,68 @@ def _nearest_file(missing: Path) -> str:
     return f" (did you mean {near[0]}?)" if near else f" in {missing.parent}"
 
 
-def _read_bytes(path: Path, name: str) -> bytes:
+def _find_in_folder(dataset: Dataset) -> list[Path]:
+    """The files of a folder, by name; where file names tell splits (train-00000.parquet), those of the wanted one."""
+    folder, name = dataset.path, dataset.name
+    inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    files = [one for one in inside if not any(part.startswith((".", "_")) for part in one.parts)]
+    files = [one for one in files if has_reader(one) and one.name not in METADATA]
+    if not files:
+        raise DataError(f"{name}: a folder without a file that is read; allowed: {ALLOWED}")
+    by_split: dict[str | None, list[Path]] = {}
+    for one in files:
+        by_split.setdefault(_tell_split(one), []).append(one)
+    present = [split for split in by_split if split is not None]
+    if present:
+        unnamed = None in by_split and dataset.split is None and not set(dataset.splits) & set(present)
+        files = by_split[None if unnamed else _choose_split(present, dataset)]
+    endings = sorted({split_ending(one)[0] for one in files})
+    if len(endings) > 1:
+        raise DataError(f"{name}: holds {' and '.join(endings)} files: name one kind, such as {name}/*{endings[0]}")
+    return [folder / one for one in files]
+
+
+def _tell_split(file: Path) -> str | None:
+    """The split that a file's or its folder's name begins with, as `train-00000-of-00002.parquet`."""
+    words = [re.split(r"[^a-z]+", part.lower())[0] for part in reversed(file.parts)]
+    return next((word for word in words if word in (*TRAIN_SPLITS, *EVAL_SPLITS)), None)
+
+
+def _choose_split(present: Sequence[str], dataset: Dataset) -> str:
+    wanted = dataset.splits if dataset.split is None else (dataset.split,)
+    chosen = next((split for split in wanted if split in present), None)
+    if chosen is None and len(present) == 1 and dataset.split is None:
+        chosen = present[0]
+    if chosen is None:
+        hint = "" if dataset.split else ' (name one: data.train = [{ path = ..., split = "..." }])'
+        raise DataError(f"{dataset.name}: has the splits {', '.join(present)}, but none of {', '.join(wanted)}{hint}")
+    return chosen
+
+
+def _read_files(files: Sequence[Path], dataset: Dataset) -> Iterator[Record]:
+    """The records of several files, one after the other; errors name each by its place under the dataset."""
+    base = dataset.path if dataset.path.is_dir() else dataset.path.parent
+    names = [path.relative_to(base) if path.is_relative_to(base) else Path(path.name) for path in files]
+    shown = Path(dataset.name) if dataset.path.is_dir() else Path(dataset.name).parent
+    return chain.from_iterable(read_file(path, str(shown / one)) for path, one in zip(files, names, strict=True))
+
+
+def _load_saved_folder(dataset: Dataset) -> Iterator[Record]:
+    import datasets
+
     try:
-        return path.read_bytes().removeprefix(UTF8_BOM)
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-
-
-def _read_lines(path: Path, name: str) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
-    """Numbered lines from 1; a line that is not UTF-8 comes as the error that tells so."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.removeprefix(UTF8_BOM) if number == 1 else raw
-                try:
-                    yield number, line.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    yield number, error
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} (save the file as UTF-8)"
-
-
-def _parse_json(text: str) -> tuple[object, str | None]:
-    """The JSON value, or None and what is wrong with it."""
-    try:
-        return json.loads(text), None
-    except json.JSONDecodeError as error:
-        return None, f"not valid JSON: {error.msg} (column {error.colno})"
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON that can be read: {error}"
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
-    for number, line in _read_lines(path, name):
-        where = f"{name}:{number}"
-        if isinstance(line, UnicodeDecodeError):
-            yield Record(where=where, problem=_not_utf8(line))
-        elif line.strip():
-            value, problem = _parse_json(line)
-            yield Record(where=where, value=value, problem=problem)
-
-
-def _read_json(path: Path, name: str) -> Iterator[Record]:
-    content = _read_bytes(path, name)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{name}:{line}: {_not_utf8(error)}") from error
-    if not text.strip():
-        return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = " (one object a line? then call it .jsonl)" if error.msg == "Extra data" else ""
-        raise DataError(f"{name}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not JSON that can be read: {error}") from error
-    if not isinstance(values, list):
-        raise DataError(f"{name}: a .json file holds one list of objects, one a row; this one holds something else")
-    for number, value in enumerate(values, start=1):
-        yield Record(where=f"{name}: row {number}", value=value)
-
-
-def _read_txt(path: Path, name: str) -> Iterator[Record]:
-    """One record a paragraph: lines without an empty one between them. `where` is its first line."""
-    first, paragraph = 0, list[str]()
-    for number, line in _read_lines(path, name):
-        if isinstance(line, UnicodeDecodeError):
-            raise DataError(f"{name}:{number}: {_not_utf8(line)}")
-        if line.strip():
-            first = first if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield Record(where=f"{name}:{first}", value={"text": "\n".join(paragraph)})
-            paragraph = []
-    if paragraph:
-        yield Record(where=f"{name}:{first}", value={"text": "\n".join(paragraph)})
-
-
-READERS: Mapping[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".txt": _read_txt,
-}
-
-
-def _import_datasets(name: str) -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise DataError(f'{name}: reading it needs the package datasets: pip install "fitune[hub]"') from error
-
-
-def _load_saved_folder(folder: Path, name: str, splits: Sequence[str]) -> Iterator[Record]:
-    if not any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        raise DataError(f"{name}: a folder without a dataset saved by datasets.save_to_disk; allowed: {ALLOWED}")
-    datasets = _import_datasets(name)
-    try:
-        loaded = datasets.load_from_disk(str(folder))
+        loaded = datasets.load_from_disk(str(dataset.path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{name}: not a readable saved dataset: {error}") from error
-    return _records_of(loaded, name, splits)
+        raise DataError(f"{dataset.name}: not a readable saved dataset: {error}") from error
+    return _records_of(loaded, dataset)
 
 
-def _load_from_hub(name: str, splits: Sequence[str]) -> Iterator[Record]:
-    datasets = _import_datasets(name)
+def _load_from_hub(dataset: Dataset, *, streaming: bool) -> Iterator[Record]:
+    import datasets
+
+    name = dataset.name
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(name, dataset.subset, streaming=streaming)
     # Errors of several libraries come out here (HTTP, parquet, its own); each means that the rows cannot be had.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -191,13 +183,11 @@ def _load_from_hub(name: str, splits: Sequence[str]) -> Iterator[Record]:
             f"{name}: no such local path, and not to be had from the Hugging Face hub: {reason} "
             "(without a network, give a local file)"
         ) from error
-    return _records_of(loaded, name, splits)
+    return _records_of(loaded, dataset)
 
 
-def _records_of(loaded: Any, name: str, splits: Sequence[str]) -> Iterator[Record]:
+def _records_of(loaded: Any, dataset: Dataset) -> Iterator[Record]:
     if isinstance(loaded, dict):
-        wanted = [split for split in splits if split in loaded] or list(loaded)
-        if wanted[0] not in splits and len(wanted) != 1:
-            raise DataError(f"{name}: has the splits {', '.join(loaded)}, but none of {', '.join(splits)}")
-        loaded = loaded[wanted[0]]
-    return (Record(where=f"{name}: row {number}", value=value) for number, value in enumerate(loaded, start=1))
+        loaded = loaded[_choose_split(list(loaded), dataset)]
+    for number, value in enumerate(loaded, start=1):
+        yield Record(where=f"{dataset.name}: row {number}", value=value)

@@ -1,43 +1,26 @@
 """Rows to token ids and labels. Labels are the ids where a token is trained and -100 elsewhere.
 
-Conversations are rendered by the tokenizer's own chat template, and every answer of the assistant is trained, with the
-token that ends its turn; prompts, headers and what a template writes after that token are not. Which tokens are an
-answer comes from the template's `{% generation %}` markers where it has them. Otherwise the conversation before an
-answer, with the generation prompt, must be an exact prefix of the conversation with the answer: what is trained is then
-precisely what the model is to write when it is used. A row for which that does not hold is refused.
-
-A template may render an answer differently once it is history (Qwen3 drops its thinking). Such a conversation becomes
-several rows, one for each answer in the form that it has when it is written.
-
-Completions and text are raw: no template. The tokenizer's beginning-of-sequence token comes first where it uses one,
-and the end-of-sequence token last, each once.
+encoding.py says which tokens those are; here rows are made to fit `data.max_length`, and everything is counted.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, Literal
 
 from ..recipes.errors import DataError
 from .batches import UNTRAINED
+from .encoding import Encoded, Encoder, Span
+from .mixture import Part, count_draws, draw_epoch
 from .rows import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Span = tuple[int, int]
-"""Start and stop of trained tokens, as in a slice."""
-Encoded = tuple[list[int], list[Span]]
-"""Token ids of one sequence, and its trained spans."""
+Overlong = Literal["truncate", "split", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,25 +45,61 @@ class TokenizedRow:
         return sum(label != UNTRAINED for label in self.labels[1:])
 
 
+@dataclass(kw_only=True)
+class Counts:
+    """What became of a dataset's rows.
+
+    rows:       rows of the dataset
+    truncated:  sequences that were cut at the right to max_length
+    split:      rows that became several sequences because they were too long
+    too_long:   sequences that were left out because they were too long
+    empty:      sequences that were left out because no trained token was left
+    escaped:    rows in which a message says a control token's text, which is encoded as text
+    unended:    conversations whose last trained token is none that can end a turn
+    lengths:    tokens of each sequence as it was written
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    split: int = 0
+    too_long: int = 0
+    empty: int = 0
+    escaped: int = 0
+    unended: int = 0
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizedRows:
     """A tokenised dataset and the facts about it.
 
-    rows:          the sequences, in the order of the dataset; 1 or more
+    rows:          the sequences, source by source in the order of the dataset; 1 or more
     pad_token_id:  the id that fills up a batch; masked by length, so any id serves
     max_length:    longest allowed sequence, tokens
-    truncated:     how many rows were cut at the right to max_length
-    dropped:       how many rows were left out because no trained token was left
+    parts:         how many sequences come from which source, and how often they are drawn; empty: each once an epoch
+    counts:        what became of the rows
     """
 
     rows: tuple[TokenizedRow, ...]
     pad_token_id: int
     max_length: int
-    truncated: int
-    dropped: int
+    parts: tuple[Part, ...] = ()
+    counts: Counts = field(default_factory=Counts)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def epoch_rows(self) -> int:
+        """Sequences that an epoch draws."""
+        return sum(count_draws(self.parts)) if self.parts else len(self.rows)
+
+    def draw_epoch(self, *, epoch: int, seed: int) -> list[int]:
+        """Indices of the sequences of an epoch, in no order to train in."""
+        return draw_epoch(self.parts, epoch=epoch, seed=seed) if self.parts else list(range(len(self.rows)))
 
     @cached_property
     def longest_row_tokens(self) -> int:
@@ -98,30 +117,114 @@ class TokenizedRows:
         return sum(row.trained_tokens for row in self.rows)
 
 
-def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenizedRows:
-    """Rows as sequences of at most max_length tokens, cut at the right; those without a trained token are dropped.
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """What of a recipe decides over a row's tokens.
 
-    Raises DataError for a row whose answers cannot be told apart exactly, and where every row was dropped.
+    max_length: longest sequence, tokens
+    overlong:   what becomes of a longer one: cut at the right, split, or left out
+    train_on:   the assistant's answers, the last one, or everything
+    """
+
+    max_length: int
+    overlong: Overlong = "truncate"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+
+
+class RowTokenizer:
+    """Makes sequences out of rows, one after the other, and counts what becomes of them.
+
+    counts: so far
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> None:
+        self.encoder = Encoder(tokenizer, train_on=settings.train_on)
+        self.settings = settings
+        self.counts = Counts()
+        self._ends = self.encoder.markup_ids
+
+    def tokenize(self, row: Row) -> list[TokenizedRow]:
+        """The sequences of a row that have a trained token; DataError where its answers cannot be told apart."""
+        before = self.encoder.escaped
+        encoded = list(self.encoder.encode(row))
+        self.counts.escaped += self.encoder.escaped > before
+        self.counts.rows += 1
+        self.counts.lengths.extend(len(ids) for ids, _ in encoded)
+        if row.messages is not None:
+            self.counts.unended += any(spans and ids[spans[-1][1] - 1] not in self._ends for ids, spans in encoded)
+        if self.settings.overlong == "split" and any(len(ids) > self.settings.max_length for ids, _ in encoded):
+            self.counts.split += 1
+            encoded = list(self._split(row, encoded))
+        made = [one for ids, spans in encoded if (one := self._fit(ids, spans)) is not None]
+        kept = [one for one in made if one.trained_tokens]
+        self.counts.empty += len(made) - len(kept)
+        return kept
+
+    def _fit(self, ids: list[int], spans: Sequence[Span]) -> TokenizedRow | None:
+        """The sequence in at most max_length tokens; None where it is left out."""
+        longest = self.settings.max_length
+        if len(ids) > longest and self.settings.overlong == "drop":
+            self.counts.too_long += 1
+            return None
+        self.counts.truncated += len(ids) > longest
+        return _make_row(ids[:longest], spans)
+
+    def _split(self, row: Row, encoded: Sequence[Encoded]) -> Iterator[Encoded]:
+        """A conversation in parts of whole exchanges, each after the system prompt; raw text in windows."""
+        if row.messages is not None:
+            for part in self._split_conversation(row.messages):
+                yield from self.encoder.encode(replace(row, messages=part))
+            return
+        size = self.settings.max_length
+        for ids, spans in encoded:
+            for start in range(0, len(ids), size):
+                clipped = [(max(first - start, 0), min(last - start, size)) for first, last in spans]
+                yield ids[start : start + size], [span for span in clipped if span[0] < span[1]]
+
+    def _split_conversation(self, messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
+        """As many exchanges a part as fit; an exchange that does not fit alone is a part, and is cut later."""
+        system = messages[:1] if messages[0].role == "system" else ()
+        part = system
+        for exchange in _list_exchanges(messages[len(system) :]):
+            longer = (*part, *exchange)
+            if len(part) > len(system) and self._measure(longer) > self.settings.max_length:
+                yield part
+                longer = (*system, *exchange)
+            part = longer
+        yield part
+
+    def _measure(self, messages: tuple[Message, ...]) -> int:
+        row = Row(where="a part of a conversation", messages=messages)
+        return max(len(ids) for ids, _ in self.encoder.encode(row))
+
+
+def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> TokenizedRows:
+    """Rows as sequences of at most max_length tokens; those without a trained token are left out.
+
+    Raises DataError for a row whose answers cannot be told apart exactly, and where every row was left out.
     Conversations need a chat template: see templates.ensure_chat_template.
     """
-    encoder = _Encoder(tokenizer)
-    kept, truncated, dropped = list[TokenizedRow](), 0, 0
-    for row in rows:
-        for ids, spans in encoder.encode(row):
-            tokenized = _make_row(ids[:max_length], spans)
-            truncated += len(ids) > max_length
-            if tokenized.trained_tokens:
-                kept.append(tokenized)
-            else:
-                dropped += 1
-    if not kept:
-        raise DataError(
-            f"all {dropped} rows were dropped: none has a token to train on within data.max_length = {max_length}"
-        )
-    pad = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
+    making = RowTokenizer(tokenizer, settings)
+    kept = tuple(one for row in rows for one in making.tokenize(row))
+    check_not_empty(len(kept), making.counts, settings)
     return TokenizedRows(
-        rows=tuple(kept), pad_token_id=pad, max_length=max_length, truncated=truncated, dropped=dropped
+        rows=kept, pad_token_id=find_pad_token_id(tokenizer), max_length=settings.max_length, counts=making.counts
     )
+
+
+def check_not_empty(kept: int, counts: Counts, settings: TokenSettings) -> None:
+    """DataError where nothing is left to train on."""
+    if not kept:
+        reason = f"none has a token to train on within data.max_length = {settings.max_length}"
+        if counts.too_long:
+            reason = f"data.overlong is drop, and {counts.too_long} are longer than data.max_length"
+            reason += f" = {settings.max_length}"
+        raise DataError(f"all {counts.rows} rows were dropped: {reason}")
+
+
+def find_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up a batch: the pad token's, else the end-of-sequence token's, else 0."""
+    return next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
 
 
 def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -129,7 +232,7 @@ def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     stops = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         messages = (Message(role="user", content="a"), Message(role="assistant", content="b"))
-        encoder = _Encoder(tokenizer)
+        encoder = Encoder(tokenizer)
         ids, spans = next(encoder.encode(Row(where="an example conversation", messages=messages)))
         stops |= {ids[spans[-1][1] - 1]} & encoder.markup_ids
     return tuple(sorted(stops - {None}))
@@ -142,146 +245,12 @@ def _make_row(ids: list[int], spans: Sequence[Span]) -> TokenizedRow:
     return TokenizedRow(input_ids=array("i", ids), labels=labels)
 
 
-class _Encoder:
-    """A tokenizer and what is asked of it again and again. `encode` gives sequences as (ids, trained spans)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer: Any = tokenizer
-        self.markup_ids = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-        marked = bool(tokenizer.chat_template) and GENERATION_MARKER.search(tokenizer.get_chat_template())
-        self.has_generation_markers = bool(marked) and tokenizer.is_fast
-
-    def encode(self, row: Row) -> Iterator[Encoded]:
-        if row.text is not None:
-            ids = self._end(self._tokens(row.text, raw=True))
-            yield ids, [(0, len(ids))]
-        elif row.completion is not None:
-            yield self._encode_completion(row)
-        elif self.has_generation_markers:
-            yield self._encode_marked(row)
-        else:
-            yield from self._encode_by_prefix(row)
-
-    def _tokens(self, text: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a rendered conversation, or of `raw` text after one beginning-of-sequence token, if any is used.
-
-        An end-of-sequence token that the tokenizer adds to raw text is left to `_end`.
-        """
-        ids: list[int] = self.tokenizer(text, add_special_tokens=raw, verbose=False)["input_ids"]
-        if raw and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
-        return ids[:-1] if raw and ids[-1:] == [self.tokenizer.eos_token_id] else ids
-
-    def _end(self, ids: list[int]) -> list[int]:
-        """The ids and then the end-of-sequence token, where the tokenizer has one."""
-        eos = self.tokenizer.eos_token_id
-        return ids if eos is None else [*ids, eos]
-
-    def _encode_completion(self, row: Row) -> Encoded:
-        assert row.prompt is not None and row.completion is not None
-        prompt_ids, whole_ids = self._split(row.prompt, row.prompt + row.completion, row, raw=True)
-        ids = self._end(whole_ids)
-        return ids, [(len(prompt_ids), len(ids))]
-
-    def _encode_by_prefix(self, row: Row) -> Iterator[Encoded]:
-        ids, spans = list[int](), list[Span]()
-        for prompt_ids, whole_ids in self._turns(row):
-            if spans and prompt_ids[: len(ids)] != ids:
-                yield self._finish(ids, spans)
-                spans = []
-            ids = whole_ids
-            spans.append((len(prompt_ids), len(whole_ids)))
-        yield self._finish(ids, spans)
-
-    def _turns(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
-        """For each answer: the ids that the model is given, and those ids followed by the answer's."""
-        assert row.messages is not None
-        for index, message in enumerate(row.messages):
-            if message.role == "assistant":
-                prompt = self._render(row, row.messages[:index], add_generation_prompt=True)
-                whole = self._render(row, row.messages[: index + 1])
-                if not whole.startswith(prompt):
-                    raise DataError(
-                        f"{row.where}: message {index + 1}: which tokens are the answer is ambiguous, because the chat "
-                        "template renders what comes before an answer in another way once the answer follows; use a "
-                        "tokenizer whose template does not, or marks answers with {% generation %}"
-                    )
-                if whole == prompt:
-                    raise DataError(f"{row.where}: message {index + 1}: the chat template leaves the answer out")
-                yield self._split(prompt, whole, row)
-
-    def _split(self, prompt: str, whole: str, row: Row, *, raw: bool = False) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and ids of the whole that begin with them exactly, as when a model continues the prompt.
-
-        Where a token spans the boundary ("\\n\\n" of a prompt's and an answer's) the two parts are tokenised apart,
-        provided that they still spell the same text.
-        """
-        prompt_ids, whole_ids = self._tokens(prompt, raw=raw), self._tokens(whole, raw=raw)
-        if whole_ids[: len(prompt_ids)] == prompt_ids:
-            return prompt_ids, whole_ids
-        apart = prompt_ids + self._tokens(whole[len(prompt) :])
-        if self.tokenizer.decode(apart) != self.tokenizer.decode(whole_ids):
-            raise DataError(
-                f"{row.where}: which tokens are the answer is ambiguous, because the tokenizer joins what comes before "
-                "an answer with its beginning; remove white space at the end of the one or the start of the other"
-            )
-        return prompt_ids, apart
-
-    def _encode_marked(self, row: Row) -> Encoded:
-        assert row.messages is not None
-        encoded = self._apply_template(
-            row, row.messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-        spans, start = list[Span](), 0
-        for trained, run in groupby(encoded["assistant_masks"]):
-            stop = start + len(list(run))
-            if trained:
-                spans.append((start, self._end_of_character(encoded, stop)))
-            start = stop
-        if not spans:
-            raise DataError(f"{row.where}: the chat template marks nothing of this conversation as the assistant's")
-        return self._finish(encoded["input_ids"], spans)
-
-    def _end_of_character(self, encoded: Any, stop: int) -> int:
-        """Where the last character before `stop` ends: the mask takes only the first of the tokens of an emoji."""
-        size = len(encoded["input_ids"])
-        while stop < size and encoded.token_to_chars(stop).start < encoded.token_to_chars(stop - 1).end:
-            stop += 1
-        return stop
-
-    def _render(self, row: Row, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        rendered = self._apply_template(row, messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        assert isinstance(rendered, str)
-        return rendered
-
-    def _apply_template(self, row: Row, messages: Sequence[Message], **options: Any) -> Any:
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(conversation, **options)
-        except TemplateError as error:
-            raise DataError(f"{row.where}: the model's chat template refuses this conversation: {error}") from error
-
-    def _finish(self, ids: list[int], spans: Sequence[Span]) -> Encoded:
-        """Spans that end with the end of the turn; where a template writes none after the last answer, one is added."""
-        spans = [self._end_of_turn(ids, span) for span in spans]
-        start, stop = spans[-1]
-        if ids[stop - 1] not in self.markup_ids:
-            ids = self._end(ids[:stop])
-            spans[-1] = (start, len(ids))
-        return ids, spans
-
-    def _end_of_turn(self, ids: Sequence[int], span: Span) -> Span:
-        """The span up to its last token but white space if that is markup, else on to the markup that follows it.
-
-        Some templates leave the token that ends a turn out of the `{% generation %}` block, or have none and let the
-        next turn's header end it; a model that is not trained on it never stops.
-        """
-        start, stop = span
-        last = next((index for index in reversed(range(start, stop)) if not self._is_blank(ids[index])), start)
-        if ids[last] in self.markup_ids:
-            return start, last + 1
-        after = next((index for index in range(stop, len(ids)) if not self._is_blank(ids[index])), None)
-        return (start, after + 1) if after is not None and ids[after] in self.markup_ids else span
-
-    def _is_blank(self, token_id: int) -> bool:
-        return not self.tokenizer.decode([token_id]).strip()
+def _list_exchanges(messages: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
+    """Runs of messages that end with an answer, such as question and answer."""
+    exchange: tuple[Message, ...] = ()
+    for index, message in enumerate(messages):
+        exchange = (*exchange, message)
+        is_last_answer = index + 1 == len(messages) or messages[index + 1].role != "assistant"
+        if message.role == "assistant" and is_last_answer:
+            yield exchange
+            exchange = ()

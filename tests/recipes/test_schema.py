@@ -11,7 +11,17 @@ from fitune.recipes import Recipe, RecipeError, make_schema, parse_recipe
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"revision": None, "dtype": "auto", "attention": "sdpa", "trust_remote_code": False},
-    "data": {"eval": None, "format": "auto", "max_length": 2048, "packing": False, "system": None},
+    "data": {
+        "eval": None,
+        "format": "auto",
+        "columns": None,
+        "max_length": 2048,
+        "overlong": "truncate",
+        "max_truncated": 0.05,
+        "train_on": "assistant",
+        "packing": False,
+        "system": None,
+    },
     "method": {
         "kind": "auto",
         "prefer": ["full", "lora", "qlora"],
@@ -98,7 +108,7 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
 
 
 def test_a_mixture_names_its_sources_with_weights() -> None:
-    data = make_recipe(data={"train": [{"path": "a"}, {"path": "b", "weight": 2, "format": "text"}]}).data
+    data = make_recipe(data={"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2, "format": "text"}]}).data
     assert not isinstance(data.train, str)
     assert [(source.path, source.weight, source.format) for source in data.train] == [
         ("a", 1.0, "auto"),
@@ -149,7 +159,7 @@ def test_a_value_that_makes_no_sense_is_one_problem(line: str, problem: str, tmp
 
 @pytest.mark.parametrize("value", ["0", "1", "1.0", "-0.1", "true", "[]"])
 def test_the_held_out_fraction_is_between_nothing_and_everything(value: str, tmp_path: Any) -> None:
-    with pytest.raises(RecipeError, match=r"data\.eval: .* is not text or a number above 0 and below 1"):
+    with pytest.raises(RecipeError, match=r"data\.eval: .* is not text or a number above 0 and below 1|non-empty"):
         parse_recipe(f'[model]\nid = "m"\n[data]\ntrain = "d"\neval = {value}', tmp_path / "recipe.toml")
 
 
@@ -157,3 +167,22 @@ def test_a_system_prompt_may_have_several_lines_and_a_path_may_not() -> None:
     assert make_recipe(data={"system": "You are Pavlos.\nBe brief."}).data.system == "You are Pavlos.\nBe brief."
     with pytest.raises(ValidationError, match="control character"):
         make_recipe(data={"train": "a\nb"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ('train = [{path = "a", weight = 1}, {path = "b"}]', "data.train: give every source a weight, or none"),
+        ('train = "a"\neval = [{path = "a", weight = 1}]', "data.eval: held-out sources have no weight"),
+        ('train = "a"\ncolumns = {promt = "a"}', 'data.columns.promt: is not a key of [data.columns] (did you mean "p'),
+        ('train = "a"\ncolumns = {prompt = 3}', "data.columns.prompt: 3 is not text"),
+        ('train = "a"\ncolumns = "a"', 'data.columns: "a" is not a table'),
+        ('train = "a"\noverlong = "cut"', 'data.overlong: "cut" is not one of truncate, split, drop'),
+        ('train = "a"\nmax_truncated = 2', "data.max_truncated: 2 is not a number at least 0 and at most 1"),
+        ('train = "a"\ntrain_on = "answers"', 'data.train_on: "answers" is not one of assistant, last, all'),
+    ],
+)
+def test_what_is_wrong_with_the_data_table_is_told(keys: str, problem: str, tmp_path: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f'[model]\nid = "m"\n[data]\n{keys}', tmp_path / "recipe.toml")
+    assert problem in str(caught.value)

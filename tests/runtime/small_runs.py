@@ -17,7 +17,7 @@ from fitune.runtime.train import run_job
 CHEESES = ("feta", "graviera", "manouri", "kasseri", "mizithra", "halloumi")
 TABLES: dict[str, dict[str, Any]] = {
     "model": {"dtype": "fp32"},
-    "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 64},
+    "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 64, "max_truncated": 0.2},
     "method": {"kind": "full", "rank": 4},
     "budget": {"memory": "8GiB"},
     "train": {

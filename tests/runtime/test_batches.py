@@ -24,7 +24,7 @@ def make_row(number: int, length: int, untrained: int = 1) -> TokenizedRow:
 
 def make_rows(*lengths: int, max_length: int = 64) -> TokenizedRows:
     rows = tuple(make_row(number, length) for number, length in enumerate(lengths, start=10))
-    return TokenizedRows(rows=rows, pad_token_id=PAD, max_length=max_length, truncated=0, dropped=0)
+    return TokenizedRows(rows=rows, pad_token_id=PAD, max_length=max_length)
 
 
 LENGTHS = st.lists(st.integers(2, 64), min_size=1, max_size=30)
@@ -160,7 +160,9 @@ def test_evaluation_sees_every_row_once(lengths: list[int], micro_batch_size: in
     assert sum(int((one.labels[:, 1:] != -100).sum()) for one in batches) == tokenized.trained_tokens
 
 
-@pytest.mark.parametrize("module", ["rows", "records", "templates", "tokens", "batches"])
+@pytest.mark.parametrize(
+    "module", ["rows", "readers", "records", "sources", "templates", "encoding", "tokens", "data", "mixture", "batches"]
+)
 def test_the_data_modules_are_imported_without_torch(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets'}"
     code = f"import sys, fitune.runtime.{module}; print(sorted({heavy} & set(sys.modules)))"

@@ -14,6 +14,7 @@ from small_runs import run_recipe_file, write_recipe
 
 from fitune.recipes.errors import RunError
 from fitune.runtime.chat import ChatModel, run_chat
+from fitune.runtime.rows import Message
 
 QUESTION = "What is feta?"
 LEARNT = "A good cheese, my friend, feta it is."
@@ -58,8 +59,8 @@ def test_an_answer_comes_in_pieces_and_the_conversation_goes_on(run: Path) -> No
     answer = chat.stream(QUESTION, pieces.append)
     assert len(pieces) > 3 and "".join(pieces) == answer
     chat.stream("And manouri?", pieces.append)
-    assert [one["role"] for one in chat.messages] == ["user", "assistant", "user", "assistant"]
-    assert chat.messages[1]["content"] == answer
+    assert [one.role for one in chat.messages] == ["user", "assistant", "user", "assistant"]
+    assert chat.messages[1].content == answer
 
 
 def test_an_error_while_answering_reaches_the_caller(run: Path) -> None:
@@ -74,7 +75,7 @@ def test_the_recipes_system_prompt_begins_the_conversation(tmp_path: Path) -> No
     model = save_small_model(tmp_path / "model")
     recipe = write_recipe(tmp_path, model, data={"system": "You are Pavlos."}, train={"max_steps": 1})
     directory, _ = run_recipe_file(recipe)
-    assert ChatModel(directory, use_base=False).messages == [{"role": "system", "content": "You are Pavlos."}]
+    assert ChatModel(directory, use_base=False).messages == [Message(role="system", content="You are Pavlos.")]
 
 
 def test_questions_are_asked_until_an_empty_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

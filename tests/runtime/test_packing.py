@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make_rows(lengths: list[int], max_length: int = 64) -> TokenizedRows:
     ids = [array("i", [(index * 31 + step * 7) % 90 + 3 for step in range(n)]) for index, n in enumerate(lengths)]
     rows = tuple(TokenizedRow(input_ids=one, labels=array("i", one)) for one in ids)
-    return TokenizedRows(rows=rows, pad_token_id=2, max_length=max_length, truncated=0, dropped=0)
+    return TokenizedRows(rows=rows, pad_token_id=2, max_length=max_length)
 
 
 def make_model(model_type: str) -> Any:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataSource, DataTable
-from fitune.runtime.rows import Message, Row, load_rows, load_rows_from, repeat_rows, split_rows
+from fitune.runtime.rows import Message, Row
+from fitune.runtime.sources import load_rows, load_rows_from, normalize, split_rows
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -145,8 +145,10 @@ def test_a_unicode_line_separator_within_a_string_ends_no_line(tmp_path: Path) -
         ({"messages": "hello"}, '"messages" must be a list of {"role", "content"}, is text'),
         ({"messages": []}, '"messages" is empty'),
         ({"messages": ["hello"]}, 'message 1: must be {"role": ..., "content": ...}, is text'),
-        ({"messages": [{"from": "human", "value": "a"}]}, 'message 1: no "role", only from, value'),
-        (turns(("human", "a")), 'message 1: role "human" is not one of system, user, assistant'),
+        ({"messages": [{"speaker": "human", "value": "a"}]}, 'message 1: no "role", only speaker, value'),
+        ({"conversations": [{"from": "human", "text": "a"}]}, 'message 1: no "value", only from, text'),
+        ({**turns(("user", "a"), ("assistant", "b")), "tools": [{"name": "f"}]}, '"tools" are not supported'),
+        (turns(("tool", "a")), 'message 1: role "tool" is not one of system, user, assistant'),
         (turns(("user", "a"), ("assistant", "")), 'message 2: "content" is empty'),
         (turns(("user", "a")), 'the last message is from "user", must be from "assistant"'),
         (turns(("assistant", "a")), 'the first message is from "assistant"'),
@@ -157,7 +159,7 @@ def test_a_unicode_line_separator_within_a_string_ends_no_line(tmp_path: Path) -
         ),
         ({"prompt": "a", "completion": " "}, '"completion" is empty'),
         ({"text": True}, '"text" must be text, is true'),
-        ({"question": "a", "answer": "b"}, "the columns question, answer belong to no format"),
+        ({"title": "a", "body": "b"}, "the columns title, body belong to no format"),
         (["a"], "must be an object"),
         ("a", "must be an object"),
     ],
@@ -203,15 +205,21 @@ def test_lines_that_are_not_json_or_not_utf8_are_told_together_with_other_bad_ro
         ("a.json", b"[]", "a.json: no rows"),
         ("a.txt", b"\n", "a.txt: no rows"),
         ("a.json", b'{"text": "a"}', "a.json: a .json file holds one list of objects"),
-        (
-            "a.json",
-            b'{"text": "a"}\n{"text": "b"}',
-            "a.json:2: not valid JSON: Extra data (column 1) (one object a line?",
-        ),
         ("a.json", b"[\n{\xff}]", "a.json:2: not UTF-8: byte 0xff"),
         ("a.json", b"[" * 100_000, "a.json: not JSON that can be read"),
         ("a.txt", b"a\n\xff", "a.txt:2: not UTF-8: byte 0xff"),
-        ("a.csv", b"a,b", "a.csv: files ending in '.csv' are not read; allowed: a .jsonl, .json or .txt file"),
+        ("a.csv", b"", "a.csv: no rows"),
+        ("a.csv", b"text,n\na,1\nb\n", "a.csv:3: has 1 values, the header 2 columns"),
+        ("a.csv", b"text;n\na;1\n", "a.csv: its header is one column, 'text;n'"),
+        ("a.csv", b"text,text\na,b\n", 'a.csv: its header names "text" more than once'),
+        ("a.csv", b'text\n"a\n', "a.csv:2: not valid CSV: "),
+        ("a.csv", b"text\na\xff\n", "a.csv:2: not UTF-8: byte 0xff"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file: "),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read: Not a gzipped file"),
+        ("a.jsonl.xz", b"no xz", "a.jsonl.xz: cannot be read: "),
+        ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: cannot be read: "),
+        ("a.jsonl.bz2", b"no bzip2", "a.jsonl.bz2: cannot be read: "),
+        ("a.docx", b"a", "a.docx: files ending in '.docx' are not read; allowed: a file ending in .jsonl, "),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_with_what_is_wrong(
@@ -235,7 +243,7 @@ def test_a_path_that_no_file_can_have_is_told(tmp_path: Path, name: str) -> None
 
 
 def test_a_folder_that_holds_no_saved_dataset_is_refused(tmp_path: Path) -> None:
-    assert "a folder without a dataset saved by datasets.save_to_disk" in error_of(tmp_path)
+    assert "a folder without a file that is read" in error_of(tmp_path)
 
 
 JSON = st.recursive(
@@ -283,13 +291,13 @@ def test_whatever_bytes_a_file_holds_it_gives_rows_or_a_data_error(
 def test_held_out_rows_may_be_a_file_of_their_own(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", question("a"), question("b"))
     write_jsonl(tmp_path / "eval.jsonl", question("c"))
-    train, held_out = load_rows(DataTable(train="train.jsonl", eval="eval.jsonl"), lambda path: tmp_path / path)
-    assert (instructions(train), instructions(held_out)) == (["a", "b"], ["c"])
+    loaded = load_rows(DataTable(train="train.jsonl", eval="eval.jsonl"), lambda path: tmp_path / path)
+    assert (instructions(loaded.train_rows), instructions(loaded.eval_rows)) == (["a", "b"], ["c"])
 
 
 def test_without_eval_nothing_is_held_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", question("a"))
-    assert load_rows(DataTable(train="train.jsonl"), lambda path: tmp_path / path)[1] == []
+    assert load_rows(DataTable(train="train.jsonl"), lambda path: tmp_path / path).eval_rows == []
 
 
 def test_errors_name_a_source_as_the_recipe_writes_it(tmp_path: Path) -> None:
@@ -316,7 +324,9 @@ def test_a_split_keeps_every_row_once_and_leaves_neither_part_empty(
 def test_another_seed_holds_out_other_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", *[question(str(number)) for number in range(100)])
     table = DataTable(train="train.jsonl", eval=0.1)
-    chosen = {tuple(instructions(load_rows(table, lambda path: tmp_path / path, seed=seed)[1])) for seed in range(5)}
+    chosen = {
+        tuple(instructions(load_rows(table, lambda path: tmp_path / path, seed=seed).eval_rows)) for seed in range(5)
+    }
     assert len(chosen) == 5
 
 
@@ -326,32 +336,38 @@ def test_a_single_row_cannot_be_split(tmp_path: Path) -> None:
         load_rows(DataTable(train="train.jsonl", eval=0.5), lambda path: tmp_path / path)
 
 
-@given(rows=ROWS, weight=st.floats(0.001, 20), seed=st.integers(0, 99))
-def test_a_weight_repeats_each_row_as_often_as_the_others_or_once_more(
-    rows: list[Row], weight: float, seed: int
-) -> None:
-    repeated = repeat_rows(rows, weight, seed=seed)
-    seen = Counter(repeated)
-    assert len(repeated) == max(1, round(weight * len(rows)))
-    assert {seen[row] for row in rows} <= {len(repeated) // len(rows), len(repeated) // len(rows) + 1}
-    assert repeated == repeat_rows(rows, weight, seed=seed)
+def test_rows_that_say_the_same_are_never_on_both_sides_of_a_split(tmp_path: Path) -> None:
+    said = ["What is  feta?", "what is feta?", "Graviera?", "Manouri?", "MANOURI?"]
+    write_jsonl(tmp_path / "train.jsonl", *[{"text": text} for text in said * 3])
+    for seed in range(10):
+        loaded = load_rows(DataTable(train="train.jsonl", eval=0.4), lambda path: tmp_path / path, seed=seed)
+        assert {*map(normalize, loaded.train_rows)}.isdisjoint(map(normalize, loaded.eval_rows))
+        assert len(loaded.train_rows) + len(loaded.eval_rows) == 15
 
 
-def test_a_mixture_takes_its_sources_by_weight_and_holds_out_before_it_repeats(tmp_path: Path) -> None:
+def test_a_dataset_of_one_row_again_and_again_cannot_be_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", question("a"), question("a"))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: all rows are the same"):
+        load_rows(DataTable(train="train.jsonl", eval=0.5), lambda path: tmp_path / path)
+
+
+def test_every_source_of_a_mixture_holds_out_its_fraction(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", *[question(f"a{number}") for number in range(20)])
-    write_jsonl(tmp_path / "b.jsonl", *[{"text": f"b{number}"} for number in range(20)])
+    write_jsonl(tmp_path / "b.jsonl", *[{"text": f"b{number}"} for number in range(10)])
     sources = (DataSource(path="a.jsonl", weight=2.0), DataSource(path="b.jsonl", weight=0.5, format="text"))
-    train, held_out = load_rows(DataTable(train=sources, eval=0.2), lambda path: tmp_path / path)
-    assert Counter(row.text is None for row in train) == {True: 32, False: 8}
-    assert Counter(row.text is None for row in held_out) == {True: 4, False: 4}
-    assert not set(train) & set(held_out)
+    loaded = load_rows(DataTable(train=sources, eval=0.2), lambda path: tmp_path / path)
+    assert [(one.name, len(one.rows), one.weight, one.format) for one in loaded.train] == [
+        ("a.jsonl", 16, 2.0, "instruction"),
+        ("b.jsonl", 8, 0.5, "text"),
+    ]
+    assert [len(one.rows) for one in loaded.eval] == [4, 2]
 
 
 def test_a_source_without_a_format_has_the_datasets_format(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", {"instruction": "a", "output": "b", "text": "c"})
     sources = (DataSource(path="a.jsonl"), DataSource(path="a.jsonl", format="instruction"))
-    train, _ = load_rows(DataTable(train=sources, format="text"), lambda path: tmp_path / path)
-    assert [row.text for row in train] == ["c", None]
+    loaded = load_rows(DataTable(train=sources, format="text"), lambda path: tmp_path / path)
+    assert [row.text for row in loaded.train_rows] == ["c", None]
 
 
 def test_a_system_prompt_goes_before_rows_that_have_none(tmp_path: Path) -> None:
@@ -360,7 +376,7 @@ def test_a_system_prompt_goes_before_rows_that_have_none(tmp_path: Path) -> None
     )
     write_jsonl(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})
     sources = (DataSource(path="a.jsonl"), DataSource(path="b.jsonl"))
-    first, second, third = load_rows(DataTable(train=sources, system="New."), lambda path: tmp_path / path)[0]
+    first, second, third = load_rows(DataTable(train=sources, system="New."), lambda path: tmp_path / path).train_rows
     assert first.messages is not None and second.messages is not None
     assert [message.content for message in first.messages] == ["New.", "a", "b"]
     assert [message.content for message in second.messages] == ["Old.", "b"]
@@ -374,31 +390,23 @@ def test_a_system_prompt_for_nothing_but_text_is_refused(tmp_path: Path) -> None
 
 
 def test_a_saved_dataset_is_read_split_by_split(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     parts = {name: datasets.Dataset.from_list([question(name)]) for name in ("test", "train", "validation")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     parts["test"].save_to_disk(tmp_path / "plain")
-    train, held_out = load_rows(DataTable(train="saved", eval="saved"), lambda path: tmp_path / path)
-    assert (instructions(train), instructions(held_out)) == (["train"], ["validation"])
-    assert train[0].where == "saved: row 1"
+    loaded = load_rows(DataTable(train="saved", eval="saved"), lambda path: tmp_path / path)
+    assert (instructions(loaded.train_rows), instructions(loaded.eval_rows)) == (["train"], ["validation"])
+    assert loaded.train_rows[0].where == "saved: row 1"
     assert instructions(load_rows_from(tmp_path / "plain")) == ["test"]
 
 
 def test_a_saved_dataset_without_the_split_is_told_with_those_it_has(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     part = datasets.Dataset.from_list([question("a")])
     datasets.DatasetDict({"en": part, "el": part}).save_to_disk(tmp_path / "saved")
-    assert error_of(tmp_path / "saved") == "saved: has the splits en, el, but none of train"
-
-
-def test_without_the_datasets_package_it_is_told_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        DataError, match=r'owner/name: reading it needs the package datasets: pip install "fitune\[hub\]"'
-    ):
-        load_rows(DataTable(train="owner/name"), lambda path: tmp_path / path)
+    assert error_of(tmp_path / "saved").startswith("saved: has the splits en, el, but none of train")
 
 
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
@@ -407,8 +415,10 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path: Path)
 
 
 def test_offline_the_hub_is_told_to_be_out_of_reach(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    code = "from fitune.runtime.rows import load_rows_from; load_rows_from('owner/name')"
+    code = (
+        "from fitune.runtime.sources import load_rows; from fitune.recipes.schema import DataTable; "
+        "from pathlib import Path; load_rows(DataTable(train='owner/name'), Path)"
+    )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
     assert "DataError: owner/name: no such local path, and not to be had from the Hugging Face hub" in answer.stderr

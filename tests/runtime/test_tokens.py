@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from fitune.recipes.errors import DataError
 from fitune.runtime.rows import Message, Row
 from fitune.runtime.templates import ensure_chat_template
-from fitune.runtime.tokens import TokenizedRow, find_stop_token_ids, tokenize_rows
+from fitune.runtime.tokens import TokenizedRow, TokenSettings, find_stop_token_ids, tokenize_rows
 
 
 def build_default(**options: object) -> PreTrainedTokenizerFast:
@@ -50,7 +50,7 @@ def conversation(*contents: str, where: str = "train.jsonl:1") -> Row:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, *rows: Row, max_length: int = 4096) -> tuple[TokenizedRow, ...]:
-    return tokenize_rows(rows, tokenizer, max_length=max_length).rows
+    return tokenize_rows(rows, tokenizer, TokenSettings(max_length=max_length)).rows
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, row: TokenizedRow) -> str:
@@ -183,7 +183,9 @@ def test_of_a_completion_exactly_the_completion_and_the_end_are_trained(
     prompt: str, completion: str, adds_bos: bool
 ) -> None:
     tokenizer = TOKENIZERS["adds bos" if adds_bos else "chatml"]
-    rows = tokenize_rows([Row(where="a:1", prompt=prompt, completion=completion)], tokenizer, max_length=4096).rows
+    rows = tokenize_rows(
+        [Row(where="a:1", prompt=prompt, completion=completion)], tokenizer, TokenSettings(max_length=4096)
+    ).rows
     assert trained_text(tokenizer, rows[0]) == completion + "<|im_end|>"
     assert tokenizer.decode(rows[0].input_ids) == ("<s>" if adds_bos else "") + prompt + completion + "<|im_end|>"
 
@@ -217,12 +219,12 @@ def test_long_rows_are_cut_and_those_without_an_answer_left_are_dropped(answers:
     kept = tuple(one for one in cut if one.trained_tokens)
     if not kept:
         with pytest.raises(DataError, match=f"all {len(rows)} rows were dropped.*data.max_length = {max_length}"):
-            tokenize_rows(rows, tokenizer, max_length=max_length)
+            tokenize_rows(rows, tokenizer, TokenSettings(max_length=max_length))
         return
-    tokenized = tokenize_rows(rows, tokenizer, max_length=max_length)
+    tokenized = tokenize_rows(rows, tokenizer, TokenSettings(max_length=max_length))
     assert tokenized.rows == kept
-    assert tokenized.dropped == len(rows) - len(kept)
-    assert tokenized.truncated == sum(len(one) > max_length for one in whole)
+    assert tokenized.counts.empty == len(rows) - len(kept)
+    assert tokenized.counts.truncated == sum(len(one) > max_length for one in whole)
     assert tokenized.longest_row_tokens == max(len(one) for one in kept) <= max_length
     assert tokenized.total_tokens == sum(len(one) for one in kept)
     assert tokenized.trained_tokens == sum(label != -100 for one in kept for label in one.labels[1:])
@@ -233,3 +235,63 @@ def test_a_model_stops_at_the_end_of_sequence_and_at_the_end_of_a_turn() -> None
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
     assert set(find_stop_token_ids(tokenizer)) == ends
     assert find_stop_token_ids(build_tokenizer(None)) == (build_tokenizer().eos_token_id,)
+
+
+LONG = conversation("Feta?", "Yes, feta.", "Sure?", "Opa, sure!", "And graviera?", "That too.")
+
+
+def test_a_long_conversation_is_split_between_its_turns_with_its_system_prompt() -> None:
+    tokenizer = build_tokenizer(CHATML)
+    system = Message(role="system", content="Be Pavlos.")
+    row = Row(where="a:1", messages=(system, *(LONG.messages or ())))
+    (whole,) = tokenize(tokenizer, row)
+    made = tokenize_rows([row], tokenizer, TokenSettings(max_length=len(whole) - 1, overlong="split"))
+    first, second = made.rows
+    assert trained_text(tokenizer, first) == "Yes, feta.<|im_end|>Opa, sure!<|im_end|>"
+    assert trained_text(tokenizer, second) == "That too.<|im_end|>"
+    assert tokenizer.decode(second.input_ids).startswith(
+        "<|im_start|>system\nBe Pavlos.<|im_end|>\n<|im_start|>user\nA"
+    )
+    assert (made.counts.rows, made.counts.split, made.counts.truncated) == (1, 1, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 80), text=st.text(st.sampled_from("fet a"), min_size=1, max_size=60).filter(str.strip))
+def test_long_text_is_split_into_windows_that_hold_every_token_once(length: int, text: str) -> None:
+    tokenizer, row = build_tokenizer(adds_bos=True), Row(where="a:1", text=text)
+    (whole,) = tokenize(tokenizer, row)
+    made = tokenize_rows([row], tokenizer, TokenSettings(max_length=length, overlong="split"))
+    ids = [token for one in made.rows for token in one.input_ids]
+    assert ids == whole.input_ids.tolist()[: len(ids)]
+    assert len(ids) >= len(whole) - 1, "only a last window of one token, which nothing predicts, is left out"
+    assert all(len(one) <= length for one in made.rows)
+
+
+def test_of_a_completion_that_is_split_the_prompt_stays_untrained() -> None:
+    tokenizer = build_tokenizer()
+    made = tokenize_rows(
+        [Row(where="a:1", prompt="Question: " * 4, completion="answer " * 9)],
+        tokenizer,
+        TokenSettings(max_length=16, overlong="split"),
+    )
+    assert "".join(trained_text(tokenizer, one) for one in made.rows) == "answer " * 9 + "<|im_end|>"
+    assert made.counts.split == 1
+
+
+def test_long_rows_can_be_left_out_and_are_counted() -> None:
+    tokenizer, short = build_tokenizer(CHATML), conversation("Feta?", "Yes.")
+    length = len(tokenize(tokenizer, short)[0])
+    made = tokenize_rows([short, LONG, short], tokenizer, TokenSettings(max_length=length, overlong="drop"))
+    assert (len(made), made.counts.too_long, made.counts.truncated) == (2, 1, 0)
+    assert sorted(made.counts.lengths)[:2] == [length, length]
+    with pytest.raises(DataError, match=r"all 1 rows were dropped: data\.overlong is drop"):
+        tokenize_rows([LONG], tokenizer, TokenSettings(max_length=length, overlong="drop"))
+
+
+def test_an_exchange_that_does_not_fit_alone_is_cut_even_where_rows_are_split() -> None:
+    tokenizer = build_tokenizer(CHATML)
+    made = tokenize_rows(
+        [conversation("Feta?", "Yes. " * 50)], tokenizer, TokenSettings(max_length=40, overlong="split")
+    )
+    assert [len(one) for one in made.rows] == [40]
+    assert made.counts.truncated == 1

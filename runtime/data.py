@@ -1,0 +1,103 @@
+"""A recipe's rows as tokens: source by source, templates applied, packed where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..recipes.errors import DataError
+from ..recipes.schema import DataTable
+from .mixture import Part
+from .rows import Row
+from .sources import LoadedRows, SourceRows
+from .templates import ensure_chat_template
+from .tokens import Counts, RowTokenizer, TokenizedRow, TokenizedRows, TokenSettings, check_not_empty, find_pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedData:
+    """The recipe's rows, ready to train on.
+
+    tokenizer:   with a chat template, the default one where the model has none
+    default_template: whether that default was needed
+    train, eval: tokenised rows; eval is None without held-out rows
+    unpacked:    the training rows before they were packed; `train` itself where nothing is packed
+    eval_rows:   the held-out rows as text
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    default_template: bool
+    train: TokenizedRows
+    eval: TokenizedRows | None
+    unpacked: TokenizedRows
+    eval_rows: tuple[Row, ...]
+
+
+def make_settings(table: DataTable) -> TokenSettings:
+    """What of `[data]` decides over a row's tokens."""
+    return TokenSettings(max_length=table.max_length, overlong=table.overlong, train_on=table.train_on)
+
+
+def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
+    """The rows of `[data]` as tokens; a tokenizer without a chat template gets the default one."""
+    default_template = ensure_chat_template(tokenizer)
+    settings = make_settings(table)
+    train = tokenize_sources(loaded.train, tokenizer, settings)
+    too_many = describe_truncated(table, train.counts)
+    if too_many is not None:
+        raise DataError(too_many)
+    packed = train
+    if table.packing:
+        from .packing import pack_rows
+
+        packed = pack_rows(train)
+    held_out = tokenize_sources(loaded.eval, tokenizer, settings) if loaded.eval else None
+    return TokenizedData(
+        tokenizer=tokenizer,
+        default_template=default_template,
+        train=packed,
+        eval=None if held_out is None else replace(held_out, parts=()),
+        unpacked=train,
+        eval_rows=tuple(loaded.eval_rows),
+    )
+
+
+def describe_truncated(table: DataTable, counts: Counts) -> str | None:
+    """Why the training rows are refused where more of them would be cut than `data.max_truncated`; else None."""
+    share = counts.truncated / max(1, len(counts.lengths))
+    if share <= table.max_truncated:
+        return None
+    return (
+        f"{counts.truncated:,} of {counts.rows:,} training rows ({share:.1%}) are longer than data.max_length = "
+        f"{table.max_length:,} tokens and would lose their end, allowed is data.max_truncated = {table.max_truncated}: "
+        f'set data.max_length (the longest row has {max(counts.lengths):,}), data.overlong = "split" or "drop", or '
+        "data.max_truncated"
+    )
+
+
+def tokenize_sources(
+    sources: Sequence[SourceRows], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+) -> TokenizedRows:
+    """The sequences of all sources, with what each contributes where there are several."""
+    rows, parts, counts = list[TokenizedRow](), list[Part](), Counts()
+    for source in sources:
+        making = RowTokenizer(tokenizer, settings)
+        kept = [one for row in source.rows for one in making.tokenize(row)]
+        counts += making.counts
+        try:
+            check_not_empty(len(kept), making.counts, settings)
+        except DataError as error:
+            raise DataError(f"{source.name}: {error}") from error
+        rows += kept
+        parts.append(Part(name=source.name, rows=len(kept), weight=source.weight))
+    return TokenizedRows(
+        rows=tuple(rows),
+        pad_token_id=find_pad_token_id(tokenizer),
+        max_length=settings.max_length,
+        parts=tuple(parts) if len(parts) > 1 else (),
+        counts=counts,
+    )
