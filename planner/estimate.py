@@ -248,10 +248,16 @@ def _estimate_merged_bytes(shape: ModelShape, strategy: Strategy) -> int:
 
 
 def estimate_weight_files(shape: ModelShape, strategy: Strategy, *, merge: bool) -> WeightFiles:
-    """The weights that a run writes: the model or the adapter, and the merged model if asked for; without headers."""
+    """The weights that a run writes: the model or the adapter, and the merged model if asked for; without headers.
+
+    A checkpoint holds the optimizer's states too, those in managed memory as well.
+    """
     trained_bytes = count_trainable(shape, strategy) * DTYPE_BYTES[trainable_dtype(strategy)]
     merged_bytes = _estimate_merged_bytes(shape, strategy) if merge else 0
-    return WeightFiles(trained_bytes=trained_bytes, merged_bytes=merged_bytes)
+    states_bytes = sum(estimate_optimizer_bytes(shape, strategy))
+    return WeightFiles(
+        trained_bytes=trained_bytes, merged_bytes=merged_bytes, checkpoint_bytes=trained_bytes + states_bytes
+    )
 
 
 def estimate_disk_bytes(shape: ModelShape, strategy: Strategy, *, merge: bool) -> int:

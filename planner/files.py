@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
+from ..recipes.schema import OutputTable
 from .arithmetic import trainable_dtype
 from .memory import Memory, Phase
-from .strategy import DTYPE_BYTES, Dtype, Strategy
+from .strategy import Dtype, Strategy
 
 MAX_SHARD_BYTES = 50 * 10**9
 """transformers' save_pretrained starts another file where one would become larger ("50GB")."""
@@ -19,8 +21,15 @@ CARD_BYTES = 16 * 2**10
 """Model card, configs and chat template of one folder. An estimate."""
 TOKENIZER_ENTRY_BYTES = 140
 """A vocabulary entry with its merge in a tokenizer.json: an estimate, used where the tokenizer is not here."""
-SAFETENSORS_NAMES: dict[Dtype, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""In the order in which tensors of these dtypes lie in a file."""
+StoredDtype = Literal["int64", "fp32", "bf16", "fp16", "uint8"]
+SAFETENSORS_DTYPES: dict[StoredDtype, tuple[str, int]] = {
+    "int64": ("I64", 8),
+    "fp32": ("F32", 4),
+    "bf16": ("BF16", 2),
+    "fp16": ("F16", 2),
+    "uint8": ("U8", 1),
+}
+"""Name in a file and bytes an element, in the order in which tensors of these dtypes lie in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +44,7 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Dtype
+    dtype: StoredDtype
     storage: int | None = None
 
     @property
@@ -46,19 +55,21 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """elements * bytes of the dtype."""
-        return self.elements * DTYPE_BYTES[self.dtype]
+        return self.elements * SAFETENSORS_DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
     """The weights that a run writes, bytes.
 
-    trained_bytes: of the adapter or the full model
-    merged_bytes:  of the merged model, 0 without one
+    trained_bytes:    of the adapter or the full model
+    merged_bytes:     of the merged model, 0 without one
+    checkpoint_bytes: of one checkpoint: what is trained, and the optimizer's states
     """
 
     trained_bytes: int
     merged_bytes: int
+    checkpoint_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +78,24 @@ class RunFiles:
 
     weights:      of the result
     beside_bytes: tokenizer, configs and card in each folder of weights, bytes, estimated
-    checkpoints:  how many lie beside the result, each as large as it; 0 or more
+    checkpoints:  how many checkpoints stay; 0 or more
+    at_once:      how many there are at most at one time, one that is being written included; 0 or more
     """
 
     weights: WeightFiles
     beside_bytes: int
     checkpoints: int = 0
+    at_once: int = 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint, with what lies beside its weights."""
+        return self.weights.checkpoint_bytes + self.beside_bytes
 
     @property
     def saved_bytes(self) -> int:
-        """The result and its checkpoints, with what lies beside their weights."""
-        return (1 + self.checkpoints) * (self.weights.trained_bytes + self.beside_bytes)
+        """The result and the checkpoints that stay, with what lies beside their weights."""
+        return self.weights.trained_bytes + self.beside_bytes + self.checkpoints * self.checkpoint_bytes
 
     @property
     def merged_bytes(self) -> int:
@@ -86,32 +104,41 @@ class RunFiles:
 
     @property
     def total_bytes(self) -> int:
-        """Everything in the run's directory."""
-        return self.saved_bytes + self.merged_bytes + LOG_BYTES
+        """Everything in the run's directory at its most: with the result, or while the last checkpoint is written."""
+        return max(self.saved_bytes + self.merged_bytes, self.at_once * self.checkpoint_bytes) + LOG_BYTES
 
 
 FilesOf = Callable[[Strategy], WeightFiles | None]
 """The weights that a run of a strategy writes; None where they are not known exactly."""
 
 
-def estimate_safetensors_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Size of the file that safetensors writes: 8 bytes of length, a JSON header padded to 8 bytes, the data.
+def make_safetensors_header(tensors: Iterable[StoredTensor]) -> tuple[bytes, list[StoredTensor]]:
+    """What a safetensors file begins with, and its tensors in the order in which their data follows.
 
-    Tensors lie in the order of their dtypes, then of their names; the header names each with dtype, shape and offsets.
+    8 bytes of length and a JSON header padded to 8 bytes, which names each tensor with dtype, shape and offsets;
+    tensors lie in the order of their dtypes, then of their names.
     Source: https://github.com/huggingface/safetensors, `prepare` of tensor.rs.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    order = list(SAFETENSORS_NAMES)
-    for one in sorted(tensors, key=lambda one: (order.index(one.dtype), one.name)):
+    dtypes = list(SAFETENSORS_DTYPES)
+    ordered = sorted(tensors, key=lambda one: (dtypes.index(one.dtype), one.name))
+    for one in ordered:
         start, end = end, end + one.bytes
         header[one.name] = {
-            "dtype": SAFETENSORS_NAMES[one.dtype],
+            "dtype": SAFETENSORS_DTYPES[one.dtype][0],
             "shape": list(one.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def estimate_safetensors_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Size of the file that safetensors writes: the header and the data."""
+    header, ordered = make_safetensors_header(tensors)
+    return len(header) + sum(one.bytes for one in ordered)
 
 
 def split_shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
@@ -180,12 +207,34 @@ def saved_dtype(strategy: Strategy) -> Dtype:
     return trainable_dtype(strategy)
 
 
-def count_checkpoints(save_every: int | None, steps: int | None) -> int:
-    """Checkpoints of a run: one every `save_every` steps, but none after the last, whose weights are the result.
+def count_checkpoints(output: OutputTable, steps: int | None, evaluations: int = 0) -> tuple[int, int]:
+    """(checkpoints that stay, the most at one time: one more is there while the oldest is being replaced).
 
-    steps: of the whole run, None where they are not known; then none are counted
+    steps:       of the whole run, None where they are not known
+    evaluations: between the steps: with keep_best each may write one
     """
-    return 0 if save_every is None or steps is None or steps < 1 else (steps - 1) // save_every
+    if output.save_every == "never":
+        return 0, 0
+    kept = output.keep_checkpoints + output.keep_best
+    if output.save_every == "auto" or steps is None:
+        return kept, kept + 1
+    # None after the last step, whose weights are the result.
+    written = max(steps - 1, 0) // output.save_every + (evaluations if output.keep_best else 0)
+    return min(written, kept), min(written, kept + 1)
+
+
+def list_checkpoint_counts(output: OutputTable, steps: int | None, evaluations: int = 0) -> tuple[tuple[int, int], ...]:
+    """What may be planned for, most first: with save_every = "auto" a small disk holds only the last one, or none."""
+    counts = count_checkpoints(output, steps, evaluations)
+    if output.save_every != "auto":
+        return (counts,)
+    least = 1 + output.keep_best
+    return tuple(dict.fromkeys((counts, (least, least + 1)))) + (() if output.keep_best else ((0, 0),))
+
+
+def count_kept(output: OutputTable, planned: int) -> int:
+    """How many of the last checkpoints stay beside the best, where a plan has `planned` that stay."""
+    return planned - output.keep_best if output.save_every == "auto" else output.keep_checkpoints
 
 
 def lay_files(memory: Memory, files: RunFiles) -> Memory:
@@ -196,5 +245,10 @@ def lay_files(memory: Memory, files: RunFiles) -> Memory:
         return phase.model_copy(update={"disk_bytes": adds.get(phase.name, 0)})
 
     return memory.model_copy(
-        update={"phases": tuple(lay(phase) for phase in memory.phases), "disk_bytes": files.total_bytes}
+        update={
+            "phases": tuple(lay(phase) for phase in memory.phases),
+            "disk_bytes": files.total_bytes,
+            "checkpoints": files.checkpoints,
+            "checkpoint_bytes": files.checkpoint_bytes if files.at_once else 0,
+        }
     )

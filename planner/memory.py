@@ -120,7 +120,9 @@ class Memory(Value):
     required_bytes:       peak_device_bytes with its margin: `fits` is decided on this
     budget_bytes:         what may be used of the device
     host_bytes:           RAM of the process
-    disk_bytes:           files that the run writes
+    disk_bytes:           files that the run writes, at their most
+    checkpoints:          how many checkpoints stay among them, 0 or more
+    checkpoint_bytes:     of each, 0 without any
     peak_phase:           the phase of peak_allocated_bytes
     components:           what is live at the peak; they add up to peak_allocated_bytes
     phases:               each phase's own peak, in the order of a run
@@ -136,6 +138,8 @@ class Memory(Value):
     budget_bytes: int = Field(gt=0)
     host_bytes: int = Field(ge=0)
     disk_bytes: int = Field(ge=0)
+    checkpoints: int = Field(default=0, ge=0)
+    checkpoint_bytes: int = Field(default=0, ge=0)
     peak_phase: str
     components: Components
     phases: tuple[Phase, ...]

@@ -17,11 +17,11 @@ from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
 from .estimate import estimate_memory, estimate_weight_files, find_margin
-from .files import FilesOf, RunFiles, count_checkpoints, estimate_beside_weights, lay_files
+from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
 from .memory import Estimator, Memory
 from .reasons import describe_rejection, find_largest_term
-from .search import Candidate, Found, Measure, list_budgets, search, walk_strategies
+from .search import Candidate, Found, Measure, list_budgets, search, walk_alike, walk_strategies
 from .shape import ModelShape
 from .strategy import DataFacts, Device, Strategy, Value
 
@@ -132,6 +132,7 @@ class PlanInputs:
     files_of:      the exact files of a strategy, None where only closed forms are wanted
     stored_bytes:  size of the model's weight files, None where they are not here
     tokenizer_bytes: size of its tokenizer's files, None where they are not here
+    like:          strategy of a run that goes on with another plan: only what changes no result may differ from it
     """
 
     recipe_file: RecipeFile
@@ -145,6 +146,7 @@ class PlanInputs:
     files_of: FilesOf | None = None
     stored_bytes: int | None = None
     tokenizer_bytes: int | None = None
+    like: Strategy | None = None
 
 
 def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reasons: bool = True) -> Plan:
@@ -159,7 +161,11 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reason
     length = inputs.data.longest_row_tokens
     quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
     exact = None if measure is None else _complete(measure, inputs)
-    found = search(walk_strategies(recipe, device, shape, length), device, quick=quick, exact=exact)
+    if inputs.like is None:
+        strategies = walk_strategies(recipe, device, shape, length)
+    else:
+        strategies = walk_alike(recipe, device, shape, length, like=inputs.like)
+    found = search(strategies, device, quick=quick, exact=exact)
     return _write_plan(inputs, found, with_reasons=with_reasons)
 
 
@@ -176,15 +182,19 @@ def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length:
 def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
     """The measure, with RAM and files by phase."""
     recipe, shape, length = inputs.recipe_file.recipe, inputs.shape, inputs.data.longest_row_tokens
-    checkpoints = count_checkpoints(recipe.output.save_every, count_planned_steps(recipe, inputs.data.rows))
+    steps = count_planned_steps(recipe, inputs.data.rows)
+    counts = list_checkpoint_counts(recipe.output, steps, _count_evaluations(recipe, steps))
     beside_bytes = estimate_beside_weights(shape.vocab_size, inputs.tokenizer_bytes)
 
     def complete(strategy: Strategy) -> Memory:
         weights = None if inputs.files_of is None else inputs.files_of(strategy)
         if weights is None:
             weights = estimate_weight_files(shape, strategy, merge=recipe.output.merge)
-        files = RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=checkpoints)
-        memory = lay_files(measure(strategy), files)
+        options = [
+            RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=kept, at_once=at_once)
+            for kept, at_once in counts
+        ]
+        memory = lay_files(measure(strategy), _choose_files(options, inputs.device))
         return lay_host(
             memory,
             shape,
@@ -196,6 +206,18 @@ def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
         )
 
     return complete
+
+
+def _choose_files(options: list[RunFiles], device: Device) -> RunFiles:
+    """The first that the disk has room for, else the smallest."""
+    disk = device.disk_bytes
+    return next((files for files in options if disk is None or files.total_bytes <= disk), options[-1])
+
+
+def _count_evaluations(recipe: Recipe, steps: int | None) -> int:
+    """Between the first and the last step."""
+    every = recipe.train.eval_every
+    return 0 if every is None or steps is None else max(steps - 1, 0) // every
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:
@@ -215,7 +237,7 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
     if with_reasons and not found.fits:
         advice = list_advice(recipe, inputs.device, shape, strategy, memory, data)
     warnings = list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions)
-    warnings = (*warnings, *_describe_closed_forms(found, shape, inputs.device))
+    warnings = (*warnings, *_describe_checkpoints(recipe, memory), *_describe_closed_forms(found, shape, inputs.device))
     return Plan(
         recipe=inputs.recipe_path,
         overrides=inputs.overrides,
@@ -244,6 +266,17 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
         rejected=losers,
         versions=dict(inputs.versions),
     )
+
+
+def _describe_checkpoints(recipe: Recipe, memory: Memory) -> Iterator[str]:
+    """Where the disk is too small for the checkpoints that `save_every = "auto"` would keep."""
+    kept = count_kept(recipe.output, memory.checkpoints)
+    if recipe.output.save_every != "auto" or kept >= recipe.output.keep_checkpoints:
+        return
+    if kept < 1:
+        yield "no checkpoints are written, the disk has no room for two: a run that is killed starts again"
+    else:
+        yield f"only the last {kept} checkpoint stays: the disk is too small for {recipe.output.keep_checkpoints}"
 
 
 def _describe_closed_forms(found: Found, shape: ModelShape, device: Device) -> Iterator[str]:

@@ -17,6 +17,20 @@ from .strategy import Device, Strategy
 UNSURE_SHARE = 0.2
 """By so much a closed form may be too high: a candidate further above the budget is rejected without a rehearsal."""
 
+FREE_KEYS = ("micro_batch_size", "gradient_checkpointing", "loss_head")
+"""Keys of the recipe that another plan of the same run need not keep."""
+MAY_DIFFER = {
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "checkpointed_layers",
+    "gradient_checkpointing",
+    "loss_head",
+    "compile",
+    "activation_offload",
+    "expandable_segments",
+}
+"""Fields of a strategy that change memory and speed, and the result by rounding alone."""
+
 
 class Measure(Protocol):
     """Predicts the memory of a strategy; closed forms or, from the runtime, a rehearsal of the step."""
@@ -77,6 +91,24 @@ def walk_strategies(recipe: Recipe, device: Device, shape: ModelShape, length: i
             problems.append(error)
     if len(problems) == len(list_methods(recipe)):
         raise problems[0]
+
+
+def walk_alike(recipe: Recipe, device: Device, shape: ModelShape, length: int, *, like: Strategy) -> Iterator[Strategy]:
+    """The candidates that a run of `like` can go on with, fastest first: the same method, dtypes, optimizer and global
+    batch. What the recipe fixed of the rest is free.
+
+    Raises PlanError where there is none.
+    """
+    freed = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict.fromkeys(FREE_KEYS, "auto"))})
+    fixed = like.model_dump(exclude=MAY_DIFFER)
+    found = [
+        one
+        for one in list_strategies(freed, device, like.method, shape)
+        if one.model_dump(exclude=MAY_DIFFER) == fixed
+    ]
+    if not found:
+        raise PlanError(f"there is no other plan that this run can go on with on {device.name}")
+    yield from sorted(found, key=lambda one: order_key(one, device, length, shape.layers))
 
 
 def search(strategies: Iterable[Strategy], device: Device, *, quick: Measure, exact: Measure | None) -> Found:

@@ -8,6 +8,8 @@ FituneError                   exit code 1, one clear message, never a traceback
 ├── PlanError                 a plan file that is malformed or stale
 ├── DeviceError               hardware that was asked for and is not there
 └── RunError                  a run that cannot start, or that ended early
+    ├── CheckpointError       a checkpoint that is damaged, or of another run
+    ├── DiskError             a file of the run that cannot be written: disk full, read-only, no permission
     └── OutOfMemoryError      the run left its plan: phase, component, and what to do
 """
 
@@ -68,6 +70,14 @@ class DeviceError(FituneError):
 
 class RunError(FituneError):
     """A run that cannot start or that ended early."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is damaged, or that belongs to another run."""
+
+
+class DiskError(RunError):
+    """A file of the run that cannot be written."""
 
 
 class OutOfMemoryError(RunError):

@@ -299,6 +299,10 @@ class TrainTable(Table):
     """Whether segments of CUDA's caching allocator can grow; as a rule less is then reserved and unused."""
     eval_every: Count | None = None
     """Steps between evaluations; unset: at the start and the end."""
+    early_stopping_patience: Count | None = None
+    """Evaluations in a row without a better held-out loss after which the run ends; needs eval_every and data.eval."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradients are NaN or infinite: end the run, or leave the weights as they are."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the adapters, the order of rows and dropout, 0 to 4294967295."""
 
@@ -334,8 +338,12 @@ class OutputTable(Table):
     """The run's folder; unset: runs/<recipe>-<time>."""
     merge: bool = False
     """Whether the adapters are also merged into a full model."""
-    save_every: Count | None = None
-    """Steps between checkpoints; unset: at the end only."""
+    save_every: Literal["auto", "never"] | Count = "auto"
+    """Steps between checkpoints; auto: every 15 minutes, gone when the run has finished."""
+    keep_checkpoints: Count = 2
+    """How many checkpoints stay, the last ones; 1 or more."""
+    keep_best: bool = False
+    """Whether the weights of the best held-out loss are kept, and saved at the end; needs eval_every and data.eval."""
 
 
 class Recipe(Table):
@@ -347,6 +355,30 @@ class Recipe(Table):
     budget: BudgetTable = Field(default_factory=BudgetTable)
     train: TrainTable = Field(default_factory=TrainTable)
     output: OutputTable = Field(default_factory=OutputTable)
+
+    @field_validator("train")
+    @classmethod
+    def _check_patience(cls, train: TrainTable, info: ValidationInfo) -> TrainTable:
+        data = info.data.get("data")
+        if train.early_stopping_patience is not None and data is not None:
+            _check_evaluates("early_stopping_patience", data, train)
+        return train
+
+    @field_validator("output")
+    @classmethod
+    def _check_best(cls, output: OutputTable, info: ValidationInfo) -> OutputTable:
+        data, train = info.data.get("data"), info.data.get("train")
+        if output.keep_best and data is not None and train is not None:
+            _check_evaluates("keep_best", data, train)
+            if output.save_every == "never":
+                raise ValueError('keep_best needs checkpoints: output.save_every is "never"')
+        return output
+
+
+def _check_evaluates(key: str, data: DataTable, train: TrainTable) -> None:
+    missing = [name for name, given in (("data.eval", data.eval), ("train.eval_every", train.eval_every)) if not given]
+    if missing:
+        raise ValueError(f"{key} needs {' and '.join(missing)}: a held-out loss during the training")
 
 
 class _TomlSchema(GenerateJsonSchema):

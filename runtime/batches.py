@@ -69,15 +69,19 @@ def iterate_batches(
     seed: int,
     epochs: int | None = None,
     max_steps: int | None = None,
+    done_steps: int = 0,
 ) -> Iterator[GlobalBatch]:
-    """The global batches of a run, made as they are asked for; with max_steps epochs go on as needed."""
+    """The global batches of a run, made as they are asked for; with max_steps epochs go on as needed.
+
+    done_steps: how many of them were trained on before: the first one is the next, the same as without an interruption
+    """
     rows = tokenized.epoch_rows
     steps = count_steps(rows, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
     per_epoch = -(-rows // global_batch_size)
     order: list[int] = []
-    for step in range(steps):
+    for step in range(done_steps, steps):
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
+        if position == 0 or step == done_steps:
             drawn = tokenized.draw_epoch(epoch=epoch, seed=seed)
             order = [drawn[index] for index in epoch_order(len(drawn), epoch=epoch, seed=seed)]
         chosen = order[position * global_batch_size : (position + 1) * global_batch_size]

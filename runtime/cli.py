@@ -129,11 +129,16 @@ def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:
 @cli.command()
 @click.argument("recipe", metavar="RECIPE|PLAN.json")
 @SET_OPTION
-def run(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Plan, show the plan, train under monitoring, and report predicted against measured."""
-    from .running import run_recipe
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run, which must be there.")
+@click.option("--replan", is_flag=True, help="Go on with it and another plan, at the same method and global batch.")
+def run(recipe: str, overrides: tuple[str, ...], resume: bool, replan: bool) -> None:
+    """Plan, show the plan, train under monitoring, and report predicted against measured.
 
-    sys.exit(run_recipe(recipe, overrides, console))
+    An unfinished run of the same recipe in output.dir goes on from its last checkpoint.
+    """
+    from .running import RunOptions, run_recipe
+
+    sys.exit(run_recipe(recipe, overrides, console, RunOptions(resume=resume, replan=replan)))
 
 
 @cli.command()
@@ -296,9 +301,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a name or a bar that the terminal cannot show is no error
     try:
         cli(prog_name="fitune", standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
         problems.print("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(getattr(error.__context__, "exit_code", EXIT_INTERRUPTED))
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_USAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..planner.strategy import Dtype, Strategy
 from ..recipes.errors import ModelError
 from .build import add_adapters
 from .meta_shape import build_meta_model
+from .training_state import list_rng_tensors, list_state_tensors
 
 
 def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
@@ -29,7 +30,8 @@ def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
 
     None for a model that transformers cannot build, and for one that is read with its own code.
     """
-    list_base = cache(lambda: list_model_tensors(build_meta_model(config)))
+    build = cache(lambda: build_meta_model(config))
+    list_base = cache(lambda: list_model_tensors(build()))
     list_adapters = _make_adapter_lister(config)
 
     @cache
@@ -40,14 +42,29 @@ def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
     def find_files(strategy: Strategy) -> WeightFiles | None:
         try:
             if strategy.method == "full":
-                return WeightFiles(trained_bytes=base_bytes(saved_dtype(strategy)), merged_bytes=0)
-            adapters = store_tensors(list_adapters(strategy), saved_dtype(strategy))
+                names = tuple(list_state(build()).items())
+                states = estimate_training_state_bytes(build().named_parameters(), strategy)
+                saved = estimate_safetensors_bytes(store_tensors(names, saved_dtype(strategy)))
+                trained = base_bytes(saved_dtype(strategy))
+                return WeightFiles(trained_bytes=trained, merged_bytes=0, checkpoint_bytes=saved + states)
+            adapters, parameters = list_adapters(strategy)
+            trained = estimate_safetensors_bytes(store_tensors(adapters, saved_dtype(strategy)))
+            states = estimate_training_state_bytes(parameters, strategy)
             merged_bytes = base_bytes(merged_dtype(strategy)) if merge else 0
         except ModelError:
             return None
-        return WeightFiles(trained_bytes=estimate_safetensors_bytes(adapters), merged_bytes=merged_bytes)
+        return WeightFiles(trained_bytes=trained, merged_bytes=merged_bytes, checkpoint_bytes=trained + states)
 
     return find_files
+
+
+def estimate_training_state_bytes(parameters: Iterable[tuple[str, Tensor]], strategy: Strategy) -> int:
+    """Size of training_state.safetensors where all of the (name, parameter) are trained and were updated."""
+    dtype = saved_dtype(strategy)
+    states = [
+        state for name, one in parameters for state in list_state_tensors(name, tuple(one.shape), dtype, strategy)
+    ]
+    return estimate_safetensors_bytes([*states, *list_rng_tensors()])
 
 
 def list_model_tensors(model: Any) -> tuple[int, tuple[tuple[str, Tensor], ...]]:
@@ -57,12 +74,17 @@ def list_model_tensors(model: Any) -> tuple[int, tuple[tuple[str, Tensor], ...]]
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    tensors = revert_weight_conversion(model, list_state(model))
+    return model.num_parameters(), tuple(tensors.items())
+
+
+def list_state(model: Any) -> dict[str, Tensor]:
+    """The tensors of a transformers model under the names that it has in memory, tied ones once: a checkpoint's."""
     tensors = dict(model.state_dict())
     for name in model._keys_to_ignore_on_save or ():
         tensors.pop(name, None)
     _drop_tied(model, tensors)
-    tensors = revert_weight_conversion(model, tensors)
-    return model.num_parameters(), tuple(tensors.items())
+    return tensors
 
 
 def _drop_tied(model: Any, tensors: dict[str, Tensor]) -> None:
@@ -76,11 +98,14 @@ def _drop_tied(model: Any, tensors: dict[str, Tensor]) -> None:
         owners.setdefault(shared, name)
 
 
-def _make_adapter_lister(config: Mapping[str, Any]) -> Callable[[Strategy], tuple[tuple[str, Tensor], ...]]:
-    """The adapters of a strategy; built once for a rank and its targets, whatever the dtypes."""
-    built: dict[tuple[int | None, str | tuple[str, ...] | None], tuple[tuple[str, Tensor], ...]] = {}
+Named = tuple[tuple[str, Tensor], ...]
 
-    def list_adapters(strategy: Strategy) -> tuple[tuple[str, Tensor], ...]:
+
+def _make_adapter_lister(config: Mapping[str, Any]) -> Callable[[Strategy], tuple[Named, Named]]:
+    """The adapters of a strategy; built once for a rank and its targets, whatever the dtypes."""
+    built: dict[tuple[int | None, str | tuple[str, ...] | None], tuple[Named, Named]] = {}
+
+    def list_adapters(strategy: Strategy) -> tuple[Named, Named]:
         key = strategy.adapter_rank, strategy.adapter_targets
         if key not in built:
             built[key] = list_adapter_tensors(build_meta_model(config), strategy)
@@ -89,8 +114,9 @@ def _make_adapter_lister(config: Mapping[str, Any]) -> Callable[[Strategy], tupl
     return list_adapters
 
 
-def list_adapter_tensors(base: Any, strategy: Strategy) -> tuple[tuple[str, Tensor], ...]:
-    """The tensors of an adapter on `base`, a model on meta, under the names that peft gives them in a file."""
+def list_adapter_tensors(base: Any, strategy: Strategy) -> tuple[Named, Named]:
+    """The tensors of an adapter on `base`, a model on meta, under the names that peft gives them in a file, and under
+    those that they have as parameters."""
     from peft import get_peft_model_state_dict
 
     try:
@@ -98,7 +124,8 @@ def list_adapter_tensors(base: Any, strategy: Strategy) -> tuple[tuple[str, Tens
             model = add_adapters(base, strategy, alpha=None, adapter=None)
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(f"config.json: peft cannot attach adapters: {error}") from error
-    return tuple(get_peft_model_state_dict(model).items())
+    parameters = tuple((name, one) for name, one in model.named_parameters() if one.requires_grad)
+    return tuple(get_peft_model_state_dict(model).items()), parameters
 
 
 def store_tensors(tensors: tuple[tuple[str, Tensor], ...], dtype: Dtype) -> list[StoredTensor]:

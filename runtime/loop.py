@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .planning import Job
 
 
+MAX_NONFINITE_STEPS = 10
+"""So many steps in a row that are not finite end a run that skips them: its weights are lost. A choice."""
+
+
 @dataclass(kw_only=True)
 class Progress:
     """What a run has done so far.
@@ -32,7 +36,7 @@ class Progress:
     tokens:        tokens computed, padding excepted
     train_seconds: in training steps
     first_loss, last_loss: of the first and the last training step
-    skipped:       steps whose fp16 gradients overflowed
+    skipped:       steps without an update: fp16 gradients that overflowed, or on_nonfinite = "skip"
     """
 
     step: int = 0
@@ -62,6 +66,8 @@ class TrainingLoop:
         train, rows, strategy = job.recipe_file.recipe.train, job.data.train, plan.strategy
         self.strategy, self.built, self.accelerator = strategy, built, accelerator
         self.meter, self.progress, self.max_grad_norm = meter, progress, train.max_grad_norm
+        self.nonfinite_in_a_row = 0
+        self.skips_nonfinite = train.on_nonfinite == "skip"
         size, epochs, max_steps = train.global_batch_size, train.epochs, train.max_steps
         self.steps = count_steps(rows.epoch_rows, global_batch_size=size, epochs=epochs, max_steps=max_steps)
         self.batches = iterate_batches(
@@ -71,6 +77,7 @@ class TrainingLoop:
             seed=train.seed,
             epochs=epochs,
             max_steps=max_steps,
+            done_steps=progress.step,
         )
         self.optimizer = make_optimizer(
             strategy.optimizer,
@@ -88,7 +95,8 @@ class TrainingLoop:
         self.scaler = make_scaler(strategy, accelerator.device)
 
     def step(self, batch: GlobalBatch, line: LiveLine) -> None:
-        """One optimizer step; RunError where loss or gradients are not finite (fp16's overflows are skipped)."""
+        """One optimizer step; RunError where loss or gradients are not finite, unless such steps are to be skipped
+        (fp16's overflows always are)."""
         start = time.perf_counter()
         learning_rate = self.scheduler.get_last_lr()[0]
         result = training_step(
@@ -104,14 +112,22 @@ class TrainingLoop:
         )
         if result.applied:
             self.scheduler.step()
+            self.nonfinite_in_a_row = 0
         elif self.strategy.compute_dtype != "fp16" or not math.isfinite(result.loss):
-            raise RunError(
-                f"step {batch.step}: loss {result.loss}, gradient norm {result.gradient_norm}: the run stopped "
-                "without saving its weights; lower train.learning_rate, or look at the rows of this step"
-            )
+            self._check_nonfinite(batch.step, result)
         seconds = time.perf_counter() - start
         self._count(batch, result, seconds)
         self._show(batch, result, seconds, learning_rate, line)
+
+    def _check_nonfinite(self, step: int, result: StepResult) -> None:
+        """RunError for a step that is not finite, or for the last of too many that are skipped."""
+        what = f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}"
+        advice = "lower train.learning_rate, or look at the rows of this step"
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1
+        if not self.skips_nonfinite:
+            raise RunError(f"{what}: the run stopped without saving its weights; {advice}")
+        if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise RunError(f"{what}, the last of {MAX_NONFINITE_STEPS} in a row: the run stopped; {advice}")
 
     def _clip(self) -> Any:
         return self.accelerator.clip_grad_norm_(self.built.trainable, self.max_grad_norm)

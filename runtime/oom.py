@@ -1,27 +1,39 @@
-"""Out of memory: which phase, against which plan, who else is on the card, and what to do."""
+"""Out of memory: which phase, against which plan, who else is on the card, and what another plan may need."""
 
 from __future__ import annotations
 
+import errno
+import re
+
+import psutil
 import torch
 
 from ..planner.plan import Plan
-from ..planner.strategy import Strategy
-from ..recipes.units import format_bytes
+from ..recipes.units import format_bytes, parse_bytes
 from .devices import describe_use, probe_gpus
+from .host import probe_host_memory
 from .meter import Meter
+from .run_record import Failure
+
+MESSAGES = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory")
+"""What the allocators of torch and CUDA write where they raise a plain RuntimeError."""
+REQUEST = re.compile(r"Tried to allocate ([0-9.]+ ?[KMG]iB)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error)
+    return any(message in text for message in MESSAGES) or "Cannot allocate memory (os error 12)" in text
 
 
-def describe_out_of_memory(plan: Plan, meter: Meter) -> str:
+def describe_out_of_memory(plan: Plan, meter: Meter, step: int) -> str:
     """A diagnosis in a few sentences: the run is over, and never tried again with another batch on its own."""
-    planned = {phase.name: phase.peak_allocated_bytes for phase in plan.memory.phases}.get(meter.phase)
-    lines = [f"out of memory in phase {meter.phase}"]
+    planned = _find_planned(plan, meter.phase)
+    lines = [f"out of memory in phase {meter.phase} after {step} steps"]
     if planned is not None:
         lines.append(
             f"the plan has {format_bytes(planned)} of live tensors there, mostly {plan.memory.components.largest}"
@@ -33,18 +45,41 @@ def describe_out_of_memory(plan: Plan, meter: Meter) -> str:
         gpus = probe_gpus().visible
         if gpus:
             lines.append(describe_use(gpus[0]))
-    lines.append(f"try `fitune plan {plan.recipe} --set {suggest_change(plan.strategy)}`, or a smaller budget.memory")
+    else:
+        host = probe_host_memory()
+        own = int(psutil.Process().memory_info().rss)
+        lines.append(
+            f"this process holds {format_bytes(own)}, and {format_bytes(host.available_bytes)} of {host.limited_by} "
+            "are left"
+        )
     return "; ".join(lines)
 
 
-def suggest_change(strategy: Strategy) -> str:
-    """The key of the recipe that saves most of what is left to save: micro-batch, checkpointing, loss head, method."""
-    micro = strategy.micro_batch_size
-    whole = micro * strategy.gradient_accumulation_steps
-    if micro > 1:
-        return f"train.micro_batch_size={max(size for size in range(1, micro // 2 + 1) if whole % size == 0)}"
-    if not strategy.checkpointed_layers:
-        return "train.gradient_checkpointing=true"
-    if strategy.loss_head == "full":
-        return "train.loss_head=fused"
-    return "data.max_length=512" if strategy.method == "qlora" else "method.kind=qlora"
+def make_failure(plan: Plan, meter: Meter, error: BaseException) -> Failure:
+    """What another plan may need at most.
+
+    min(memory that can be had / max(1, needed / planned), what the failed plan requires - 1): where a phase needed
+    more than was planned for it, another plan is taken to be as far off; it is never as large as the one that failed.
+    needed = what was allocated + what was asked for.
+    """
+    memory = plan.memory
+    planned, allocated = _find_planned(plan, meter.phase), meter.allocated_bytes.get(meter.phase)
+    factor = 1.0
+    if planned and allocated is not None:
+        asked = REQUEST.search(str(error))
+        factor = max(1.0, (allocated + (parse_bytes(asked[1]) if asked else 0)) / planned)
+    budget = min(int(_find_available(plan) / factor), memory.required_bytes - 1)
+    return Failure(phase=meter.phase, budget_bytes=max(budget, 1))
+
+
+def _find_planned(plan: Plan, phase: str) -> int | None:
+    return {one.name: one.peak_allocated_bytes for one in plan.memory.phases}.get(phase)
+
+
+def _find_available(plan: Plan) -> int:
+    """The budget, or what the machine has beside others where that is less."""
+    if plan.device.kind == "cpu":
+        own = int(psutil.Process().memory_info().rss)
+        return min(plan.memory.budget_bytes, probe_host_memory().available_bytes + own)
+    free, _ = torch.cuda.mem_get_info()
+    return min(plan.memory.budget_bytes, free + torch.cuda.memory_reserved())

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..planner.files import LOG_BYTES
 from ..planner.plan import Plan
 from ..planner.reasons import describe_strategy
 from ..planner.strategy import Value
@@ -21,7 +22,7 @@ from ..recipes.errors import RunError
 from ..recipes.units import format_bytes
 from .rundir import PLAN_NAME, REPORT_NAME
 
-Status = Literal["finished", "interrupted", "out_of_time"]
+Status = Literal["finished", "interrupted", "terminated", "out_of_time"]
 
 
 class MeasuredPhase(Value):
@@ -112,10 +113,15 @@ class Speed(Value):
 class RunReport(Value):
     """What happened: the document that a run writes last.
 
-    status:    finished; interrupted by Ctrl-C; out_of_time by budget.max_hours
-    measured:  memory as measured; the prediction is in plan.json beside it
+    status:    finished; interrupted by Ctrl-C, terminated by SIGTERM; out_of_time by budget.max_hours
+    measured:  memory as measured, in the last session; the prediction is in plan.json beside it
     events:    of the monitor: what left the plan
     output:    folders with what was trained, by name
+    skipped_steps: steps without an update, since loss or gradients were not finite
+    resumed_from:  the steps after which the run was taken up again, one for each time
+    lost_steps:    steps that were done again since they came after the last checkpoint
+    best_step:     after it the held-out loss was the best, None where it was measured at the end only
+    checkpoints:   that lay beside the result when it was written
     """
 
     format_version: Literal[1] = 1
@@ -131,6 +137,10 @@ class RunReport(Value):
     output: dict[str, str]
     versions: dict[str, str]
     skipped_steps: int = Field(default=0, ge=0)
+    resumed_from: tuple[int, ...] = ()
+    lost_steps: int = Field(default=0, ge=0)
+    best_step: int | None = None
+    checkpoints: int = Field(default=0, ge=0)
 
 
 def load_report(run: Path) -> tuple[Plan, RunReport]:
@@ -204,6 +214,13 @@ def _render_result(plan: Plan, report: RunReport) -> Group:
         lines.append(
             Text(f"speed          {speed.tokens_per_second:,.0f} tokens/s, {speed.total_seconds:,.0f} s in all{energy}")
         )
+    if report.resumed_from:
+        steps = ", ".join(str(step) for step in report.resumed_from)
+        times = "once" if len(report.resumed_from) == 1 else f"{len(report.resumed_from)} times"
+        again = f"; {report.lost_steps} steps were done again" if report.lost_steps else ""
+        lines.append(Text(f"resumed        {times}, after step {steps}{again}"))
+    if report.skipped_steps:
+        lines.append(Text(f"skipped        {report.skipped_steps} steps whose loss or gradients were not finite"))
     if report.sample is not None:
         lines += [
             Text(),
@@ -224,7 +241,7 @@ def _render_memory(plan: Plan, report: RunReport) -> Table:
         ("live tensors", predicted.peak_allocated_bytes, measured.peak_allocated_bytes),
         ("reserved by the allocator", predicted.peak_reserved_bytes, measured.peak_reserved_bytes),
         (what, predicted.peak_device_bytes, measured.peak_device_bytes),
-        ("files", predicted.disk_bytes, measured.disk_bytes),
+        ("files", _predict_files(plan, report), measured.disk_bytes),
     ]
     _add_peaks(table, rows)
     table.add_row("with margin, decided on", format_bytes(predicted.required_bytes), "", "")
@@ -234,6 +251,13 @@ def _render_memory(plan: Plan, report: RunReport) -> Table:
     phases = list_phase_peaks(plan, report)
     _add_peaks(table, [(f"{kind} in {one.name}", one.predicted_bytes, one.measured_bytes) for one in phases])
     return table
+
+
+def _predict_files(plan: Plan, report: RunReport) -> int | None:
+    """The files beside the result, with as many checkpoints as there were; None for a run that wrote no result."""
+    memory = plan.memory
+    saved = sum(phase.disk_bytes or 0 for phase in memory.phases if phase.name == "save" or "merged" in report.output)
+    return saved + LOG_BYTES - (memory.checkpoints - report.checkpoints) * memory.checkpoint_bytes if saved else None
 
 
 def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]) -> None:

@@ -1,17 +1,20 @@
 """The run directory: who holds it, and files that are either whole or not there.
 
-plan.json       what was executed, the resolved recipe in it
+run.json        what the run is made of, and each time that it was started; it goes on only where that is the same
+plan.json       what is executed, the resolved recipe in it
 recipe.toml     the recipe's text as it was
 metrics.jsonl   one line a step and an evaluation
 samples.jsonl   the monitor's samples and events
+checkpoints/    what a run is resumed from
 report.json     predicted against measured, written last
-adapter/ or model/, merged/, checkpoints/   what was trained
+adapter/ or model/, merged/   what was trained
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,27 +25,92 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from ..recipes.errors import RunError
+from ..recipes.errors import DiskError, RunError
+from ..recipes.units import format_bytes
+from .host import probe_free_disk_bytes
 
 REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"
+SCRATCH_PREFIX = ".writing-"
+"""Names of files and folders that are being written; what a run that was killed leaves of them, the next removes."""
+
+
+def find_disk_error(error: BaseException) -> str | None:
+    """Why a file cannot be written, such as `No space left on device`; None for an error of another kind.
+
+    Libraries in Rust (safetensors, tokenizers) put the system's error into the text of one of their own.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:]*\S) \(os error \d+\)", str(error))
+    return None if found is None else found[1].strip()
+
+
+@contextmanager
+def name_disk_errors(path: Path) -> Iterator[None]:
+    """DiskError with `path` in it where something cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        reason = find_disk_error(error)
+        if reason is None or isinstance(error, RunError):
+            raise
+        raise DiskError(f"{path} cannot be written: {reason}") from error
+
+
+def check_free_disk(path: Path, needed_bytes: int) -> None:
+    """DiskError where less than `needed_bytes` is free."""
+    free = probe_free_disk_bytes(path)
+    if free < needed_bytes:
+        raise DiskError(f"{path} needs {format_bytes(needed_bytes)}, and {format_bytes(free)} of disk is free")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, not only in the kernel's memory."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have everything below a folder on the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with (Path(root) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
 
 
 def write_whole(path: Path, text: str) -> None:
     """A text file that is either as it was before or whole, also where the process or the machine dies."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    scratch = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=SCRATCH_PREFIX, delete=False, encoding="utf-8"
+        ) as file:
+            scratch = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+        raise
 
 
 class RunDirectory:
-    """A directory that one run owns; a context manager that holds its lock."""
+    """A directory that one run owns; a context manager that holds its lock.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    resume: whether an unfinished run is in it that goes on
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path, self.resume = path, resume
         self._lock = FileLock(path / ".lock", timeout=0)
         self._made = False
 
@@ -55,14 +123,30 @@ class RunDirectory:
         except Timeout as error:
             raise RunError(f"output.dir: {self.path} is held by a run that is still going{self._holder()}") from error
         except OSError as error:
-            raise RunError(f"output.dir: {self.path} cannot be written: {error.strerror or error}") from error
-        left = sorted(one.name for one in self.path.iterdir() if one.name != ".lock")
-        if left:
+            raise DiskError(f"output.dir: {self.path} cannot be written: {error.strerror or error}") from error
+        try:
+            self._check_content()
+            with name_disk_errors(self.path):
+                (self.path / ".lock").write_text(str(os.getpid()))
+            self._sweep()
+        except BaseException:
             self._let_go()
+            raise
+        return self
+
+    def _check_content(self) -> None:
+        left = sorted(one.name for one in self.path.iterdir() if one.name != ".lock")
+        if left and not self.resume:
             what = "a finished run" if REPORT_NAME in left else "files of something else or of an unfinished run"
             raise RunError(f"output.dir: {self.path} holds {what} ({', '.join(left[:3])}): name another or remove it")
-        (self.path / ".lock").write_text(str(os.getpid()))
-        return self
+
+    def _sweep(self) -> None:
+        """Remove what a run that was killed was writing."""
+        for one in [*self.path.glob(f"{SCRATCH_PREFIX}*"), *self.path.glob(f"checkpoints/{SCRATCH_PREFIX}*")]:
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one, ignore_errors=True)
+            else:
+                one.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._let_go()
@@ -94,21 +178,26 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """One text file, whole or not at all."""
-        write_whole(self.path / name, text)
+        with name_disk_errors(self.path / name):
+            write_whole(self.path / name, text)
 
     @contextmanager
     def write_folder(self, name: str) -> Iterator[Path]:
-        """A folder that appears under its name only once everything is in it."""
+        """A folder that appears under its name only once everything in it is on the disk."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        with name_disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.resolve().is_relative_to(self.path.resolve()):
+                raise RunError(f"{target.parent} is a link that leaves the run's directory: remove it")
+            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=SCRATCH_PREFIX))
         try:
-            yield scratch
-            scratch.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        except OSError as error:
-            raise RunError(f"{target} cannot be written: {error.strerror or error}") from error
+            with name_disk_errors(target):
+                yield scratch
+                scratch.chmod(0o755)
+                sync_tree(scratch)
+                if target.exists():
+                    shutil.rmtree(target)
+                scratch.rename(target)
+                sync_folder(target.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -2,204 +2,269 @@
 
 from __future__ import annotations
 
-import json
 import math
+import signal
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.text import Text
 from transformers import set_seed
 
 from ..planner.plan import Plan
 from ..recipes.errors import OutOfMemoryError, RunError
 from .allocation import limit_allocator, use_expandable_segments
-from .build import BuiltModel, build_model
+from .assemble import build_for_run
+from .build import BuiltModel
+from .checkpoint_content import History, restore_training, restore_weights
+from .checkpoints import CheckpointStore
 from .evaluate import answer, evaluate
 from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
+from .keeper import Keeper
 from .live import LiveLine
 from .loop import Progress, TrainingLoop
-from .losses import check_loss_head
 from .meter import Meter
 from .models import fetch_model
-from .oom import describe_out_of_memory, is_out_of_memory
-from .packing import check_packing
+from .oom import describe_out_of_memory, is_out_of_memory, make_failure
+from .outcome import make_loss, make_sample, make_speed
 from .planning import Job
 from .quiet import quiet_libraries
-from .report import Loss, RunReport, Sample, Speed, Status
+from .replanning import describe_new_plan
+from .report import RunReport, Sample, Status
+from .results import Results
 from .rows import Row
-from .rundir import PLAN_NAME, REPORT_NAME, RunDirectory
-from .save import count_file_bytes, free_memory, make_card, name_base_model, save_merged, save_trained
-from .step import autocast
+from .rundir import REPORT_NAME, RunDirectory
+from .save import count_file_bytes, free_memory
+from .session import METRICS_NAME, SAMPLES_NAME, open_session, record_failure
+from .signals import StopSignals, find_signal
 from .tokens import find_stop_token_ids
 from .tracker import JsonLinesTracker
 from .versions import find_versions
 
-
-def choose_run_path(job: Job, now: float) -> Path:
-    """`output.dir`, else `runs/<recipe>-<time>` in the current folder."""
-    written = job.recipe_file.recipe.output.dir
-    if written is not None:
-        return job.recipe_file.resolve(written)
-    return Path("runs") / f"{job.recipe_file.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+STOPPED = ("interrupted", "terminated")
+"""Statuses of a run that a signal ended: it saves what it has and does nothing more."""
 
 
-def run_job(job: Job, plan: Plan, path: Path, console: Console) -> RunReport:
-    """Execute `plan` in a new run directory at `path`; nothing is left where it fails to start."""
-    base_folder = fetch_model(job.source)
-    with RunDirectory(path) as directory:
-        run = None
-        try:
-            run = Run(job, plan, directory, base_folder, console)
-            return run.execute()
-        except BaseException:
-            if run is None or run.progress.step == 0:
-                directory.clear()
-            raise
+def run_job(
+    job: Job, plan: Plan, path: Path, console: Console, *, resume: bool = False, replanned: bool = False
+) -> RunReport:
+    """Execute `plan` in the run directory at `path`; nothing is left of a new run that fails to start.
+
+    resume:    whether the unfinished run in the directory goes on
+    replanned: whether `plan` is another one than it had
+    """
+    with StopSignals() as signals:
+        base_folder = fetch_model(job.source)
+        with RunDirectory(path, resume=resume) as directory:
+            run = None
+            try:
+                run = Run(job, plan, directory, base_folder, console, signals, replanned=replanned)
+                return run.execute()
+            except BaseException as error:
+                is_new = not resume and (run is None or run.progress.step == 0)
+                if is_new and not isinstance(error, OutOfMemoryError):
+                    directory.clear()
+                raise
 
 
 class Run:
-    """One execution of a plan."""
+    """One session of executing a plan."""
 
-    def __init__(self, job: Job, plan: Plan, directory: RunDirectory, base_folder: Path, console: Console) -> None:
-        self.job, self.plan, self.directory, self.console = job, plan, directory, console
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        directory: RunDirectory,
+        base_folder: Path,
+        console: Console,
+        signals: StopSignals,
+        *,
+        replanned: bool = False,
+    ) -> None:
+        self.job, self.plan, self.directory, self.console, self.signals = job, plan, directory, console, signals
         self.recipe, self.strategy, self.base_folder = job.recipe_file.recipe, plan.strategy, base_folder
+        self.started = time.time()
+        self.session = open_session(job, plan, directory, now=self.started, replanned=replanned, say=self._say)
+        state = self.session.state
+        self.progress = Progress() if state is None else state.progress
+        self.history = History() if state is None else state.history
+        self.earlier_seconds = self.history.seconds
+        self.keeper = Keeper(CheckpointStore(directory), plan, self.recipe, self._say)
         if self.strategy.expandable_segments and plan.device.kind == "cuda":
             use_expandable_segments()
-        self.accelerator = Accelerator(
-            cpu=plan.device.kind == "cpu",
-            mixed_precision="no",
-            log_with=JsonLinesTracker(directory.path / "metrics.jsonl"),
-        )
+        self.tracker = JsonLinesTracker(directory.path / METRICS_NAME, self._say)
+        self.accelerator = Accelerator(cpu=plan.device.kind == "cpu", mixed_precision="no", log_with=self.tracker)
         self.device = self.accelerator.device
         if self.device.type == "cuda":
             memory = plan.memory
             limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
-        self.progress = Progress()
-        self.started = time.time()
         self.tokenizer: Any = job.data.tokenizer
+        self.results = Results(job, plan, directory, base_folder)
+
+    def _say(self, text: str) -> None:
+        self.console.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all sessions, so far."""
+        return self.earlier_seconds + time.time() - self.started
 
     def execute(self) -> RunReport:
         """All phases of the run; an out-of-memory error becomes a diagnosis."""
-        self.directory.write_json(PLAN_NAME, self.plan.model_dump(mode="json"))
-        self.directory.write_text("recipe.toml", self.job.recipe_file.path.read_text(encoding="utf-8-sig"))
-        with Meter(self.directory.path / "samples.jsonl", self.plan, self.device, self.console) as meter:
+        with Meter(self.directory.path / SAMPLES_NAME, self.plan, self.device, self.console) as meter:
             try:
                 return self._execute(meter)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(describe_out_of_memory(self.plan, meter)) from error
+                raise OutOfMemoryError(self._explain_out_of_memory(meter, error)) from error
             finally:
                 self.accelerator.end_training()
+
+    def _explain_out_of_memory(self, meter: Meter, error: BaseException) -> str:
+        """The diagnosis, and a plan that needs less; both stay in the directory for `--replan`."""
+        diagnosis = describe_out_of_memory(self.plan, meter, self.progress.step)
+        failure = make_failure(self.plan, meter, error)
+        record_failure(self.directory, self.session.record, failure)
+        traceback.clear_frames(error.__traceback__)
+        free_memory(self.device)
+        return f"{diagnosis}; {describe_new_plan(self.job, self.plan, failure)}"
 
     def _execute(self, meter: Meter) -> RunReport:
         set_seed(self.recipe.train.seed)
         self.accelerator.init_trackers("fitune")
         self.console.print("loading the model", style="bright_black")
         keep_heap_tight(WEIGHT_BLOCK_BYTES)
-        built = self._build()
-        keep_heap_tight()
-        meter.enter("evaluate")
-        before = self._evaluate(built, 0)
-        question = self._find_question()
-        answer_before = self._answer(built, question)
-        status = self._train(built, meter)
-        status, after, answer_after = self._look_back(built, meter, question, status)
-        output = self._save(built, meter, before, after)
-        del built
-        output |= self._merge(meter, output)
-        meter.stop()
-        sample = None
-        if question is not None and answer_before is not None and answer_after is not None:
-            sample = Sample(question=_question_text(question), before=answer_before, after=answer_after)
-        return self._write_report(meter, status, before, after, sample, output)
-
-    def _build(self) -> BuiltModel:
-        method = self.recipe.method
-        built = build_model(
-            self.base_folder,
-            self.strategy,
-            self.device,
-            alpha=method.alpha,
-            adapter=None if method.adapter is None else self.job.recipe_file.resolve(method.adapter),
-            trust_remote_code=self.recipe.model.trust_remote_code,
-        )
-        name_base_model(built.model, self.job.source.hub_id or str(self.base_folder.resolve()))
-        self._check_trainable(built)
+        built = build_for_run(self.job, self.plan, self.base_folder, self.device)
         self.accelerator.prepare_model(built.model)
-        with autocast(self.strategy, self.device):
-            check_loss_head(built.model, built.base, loss_head=self.strategy.loss_head, device=self.device)
-            if self.strategy.packing:
-                check_packing(built.model, built.base, device=self.device)
-        return built
+        keep_heap_tight()
+        question = self._find_question()
+        if self.session.checkpoint is None:
+            meter.enter("evaluate")
+            self.history.before = self._evaluate(built)
+            self.history.answer_before = self._answer(built, question)
+        loop = self._make_loop(built, meter)
+        status = self._train(built, loop, meter)
+        status, after, answer_after = self._look_back(built, loop, meter, question, status)
+        del loop
+        meter.enter("save")
+        output = self.results.save(built, self.history.before, after)
+        del built
+        if self.recipe.output.merge and "adapter" in output and status not in STOPPED:
+            self.accelerator.free_memory()
+            meter.enter("merge")
+            output |= self.results.merge(output["adapter"], self.device)
+        meter.stop()
+        self.tracker.flush()
+        sample = make_sample(question, self.history.answer_before, answer_after)
+        report = self._make_report(meter, status, after, sample, output)
+        self.directory.write_json(REPORT_NAME, report.model_dump(mode="json"))
+        if status == "finished":
+            self.keeper.finish()
+        return report
 
-    def _check_trainable(self, built: BuiltModel) -> None:
-        """An adapter that is continued has a rank and targets of its own: the plan must be for those."""
-        adapter, planned, model = self.recipe.method.adapter, self.plan.parameters.trainable, cast(Any, built.model)
-        found = sum(parameter.numel() for parameter in built.trainable)
-        if adapter is not None and found != planned:
-            config = model.peft_config["default"]
-            raise RunError(
-                f"method.adapter: {adapter} trains {found:,} parameters, the plan {planned:,}: set method.rank = "
-                f"{config.r} and method.targets = {json.dumps(sorted(config.target_modules))}, as the adapter has them"
-            )
-
-    def _train(self, built: BuiltModel, meter: Meter) -> Status:
-        """The training loop; Ctrl-C ends it with what was trained so far."""
+    def _make_loop(self, built: BuiltModel, meter: Meter) -> TrainingLoop:
+        """The training loop, in the state of the checkpoint that the run goes on from."""
         loop = TrainingLoop(self.plan, self.job, built, self.accelerator, meter, self.progress)
+        checkpoint, state = self.session.checkpoint, self.session.state
+        if checkpoint is not None and state is not None:
+            restore_weights(checkpoint, built)
+            restore_training(checkpoint, state, built, loop)
+            self.console.print(f"going on after step {checkpoint.step} of {loop.steps}", style="bright_black")
+        return loop
+
+    def _train(self, built: BuiltModel, loop: TrainingLoop, meter: Meter) -> Status:
+        """The training loop; Ctrl-C and SIGTERM end it with what was trained so far."""
         memory = self.plan.memory
         line = LiveLine(
             self.console, steps=loop.steps, predicted_bytes=memory.peak_device_bytes, budget_bytes=memory.budget_bytes
         )
         try:
             with line:
+                if self.session.checkpoint is not None and self._between_steps(built, loop, meter):
+                    return "finished"
                 for batch in loop.batches:
-                    loop.step(batch, line)
+                    with self.signals.deferred():
+                        loop.step(batch, line)
                     if self._is_out_of_time():
+                        self._write_checkpoint(built, loop, meter)
                         return "out_of_time"
-                    self._between_steps(built, meter, loop.steps)
-        except KeyboardInterrupt:
-            self.console.print("interrupted: saving what was trained so far", style="yellow")
-            loop.optimizer.zero_grad(set_to_none=True)
-            return "interrupted"
+                    if self._between_steps(built, loop, meter):
+                        break
+        except KeyboardInterrupt as interruption:
+            return self._stop(built, loop, meter, interruption)
         return "finished"
 
+    def _stop(self, built: BuiltModel, loop: TrainingLoop, meter: Meter, interruption: KeyboardInterrupt) -> Status:
+        """Keep what was trained: a checkpoint first, since whoever sent the signal may not wait long."""
+        self.console.print("interrupted: saving what was trained so far", style="yellow")
+        loop.optimizer.zero_grad(set_to_none=True)
+        self._write_checkpoint(built, loop, meter)
+        return "terminated" if find_signal(interruption) == signal.SIGTERM else "interrupted"
+
     def _look_back(
-        self, built: BuiltModel, meter: Meter, question: Row | None, status: Status
+        self, built: BuiltModel, loop: TrainingLoop, meter: Meter, question: Row | None, status: Status
     ) -> tuple[Status, float | None, str | None]:
-        """Held-out loss and answer after training; Ctrl-C skips what is left of them, and the weights are saved."""
-        if status == "interrupted":
+        """Held-out loss and answer after training; a signal skips what is left of them, and the weights are saved."""
+        if status in STOPPED:
             return status, None, None
         meter.enter("evaluate")
         try:
-            return status, self._evaluate(built, self.progress.step), self._answer(built, question)
-        except KeyboardInterrupt:
-            self.console.print("interrupted: saving what was trained", style="yellow")
-            return "interrupted", None, None
+            after = self._evaluate(built)
+            if self.keeper.restore_best(built, self.history, self.progress.step) and self.history.best is not None:
+                after = self.history.best.loss
+            return status, after, self._answer(built, question)
+        except KeyboardInterrupt as interruption:
+            return self._stop(built, loop, meter, interruption), None, None
 
     def _is_out_of_time(self) -> bool:
         hours = self.recipe.budget.max_hours
-        return hours is not None and time.time() - self.started > hours * 3600
+        return hours is not None and self.total_seconds > hours * 3600
 
-    def _between_steps(self, built: BuiltModel, meter: Meter, steps: int) -> None:
-        """Evaluate and save where the recipe says so; the last step is followed by both anyway."""
-        step = self.progress.step
-        every, save_every = self.recipe.train.eval_every, self.recipe.output.save_every
-        if step < steps and every is not None and step % every == 0:
+    def _between_steps(self, built: BuiltModel, loop: TrainingLoop, meter: Meter) -> bool:
+        """Evaluate and write a checkpoint where the recipe says so; the last step is followed by an evaluation anyway.
+
+        Returns whether training no longer helps.
+        """
+        step, every = self.progress.step, self.recipe.train.eval_every
+        if step >= loop.steps:
+            return False
+        if every is not None and step % every == 0 and self.history.evaluated_step != step:
             meter.enter("evaluate")
-            loss = self._evaluate(built, step)
+            loss = self._evaluate(built)
             self.console.print(f"step {step}: held-out loss {loss:.3f}" if loss is not None else "no held-out rows")
-        if step < steps and save_every is not None and step % save_every == 0:
-            meter.enter("save")
-            name = f"checkpoints/step-{step:06d}"
-            save_trained(self.directory, name, built.model, self.tokenizer, self._make_card(f"after step {step}"))
+        if self.keeper.is_due(step) or self.keeper.is_worth_keeping(self.history, step):
+            self._write_checkpoint(built, loop, meter)
+        if self.keeper.should_stop(self.history):
+            self._say(
+                f"stopped after step {step}: the held-out loss has not become better since step {self._best_step}"
+            )
+            return True
+        return False
 
-    def _evaluate(self, built: BuiltModel, step: int) -> float | None:
-        held_out = self.job.data.eval
+    @property
+    def _best_step(self) -> int:
+        return 0 if self.history.best is None else self.history.best.step
+
+    def _write_checkpoint(self, built: BuiltModel, loop: TrainingLoop, meter: Meter) -> None:
+        """A checkpoint of this step, if the recipe wants any; the metrics up to it are on the disk before it."""
+        step = self.progress.step
+        if step == 0 or not self.keeper.is_on:
+            return
+        meter.enter("save")
+        self.tracker.sync()
+        self.history.seconds = self.total_seconds
+        card = self.results.make_card(f"after step {step}")
+        self.keeper.write(built, loop, self.history, tokenizer=self.tokenizer, card=card)
+
+    def _evaluate(self, built: BuiltModel) -> float | None:
+        """The held-out loss after the steps so far, None without held-out rows."""
+        held_out, step = self.job.data.eval, self.progress.step
         if held_out is None:
             return None
         loss = evaluate(built, held_out, self.strategy, self.device)
@@ -209,6 +274,8 @@ class Run:
                 "lower train.learning_rate, or look at the held-out rows"
             )
         self.accelerator.log({"eval_loss": loss}, step=step)
+        if step > 0:
+            self.history.add(loss, step)
         return loss
 
     def _find_question(self) -> Row | None:
@@ -228,76 +295,25 @@ class Run:
                 stop_token_ids=find_stop_token_ids(self.tokenizer),
             )
 
-    def _save(self, built: BuiltModel, meter: Meter, before: float | None, after: float | None) -> dict[str, str]:
-        meter.enter("save")
-        name = "model" if self.strategy.method == "full" else "adapter"
-        loss = "no held-out loss"
-        if before is not None and after is not None:
-            loss = f"held-out loss {before:.3f} before, {after:.3f} after"
-        card = self._make_card(loss)
-        save_trained(self.directory, name, built.model, self.tokenizer, card)
-        return {name: name}
-
-    def _merge(self, meter: Meter, output: dict[str, str]) -> dict[str, str]:
-        """Merge the saved adapter into a fresh base; the trained model is gone by then."""
-        if not self.recipe.output.merge or "adapter" not in output:
-            return {}
-        self.accelerator.free_memory()
-        free_memory(self.device)
-        meter.enter("merge")
-        keep_heap_tight(WEIGHT_BLOCK_BYTES)
-        save_merged(
-            self.directory,
-            self.base_folder,
-            self.directory.path / output["adapter"],
-            dtype="bf16" if self.strategy.method == "qlora" else self.strategy.weights_dtype,
-            tokenizer=self.tokenizer,
-            card=self._make_card("merged from the adapter beside it"),
-            trust_remote_code=self.recipe.model.trust_remote_code,
-        )
-        return {"merged": "merged"}
-
-    def _make_card(self, loss: str) -> str:
-        train = self.recipe.data.train
-        data = train if isinstance(train, str) else ", ".join(source.path for source in train)
-        return make_card(self.plan, self.job.recipe_file, self.job.source, data=data, loss=loss)
-
-    def _write_report(
-        self,
-        meter: Meter,
-        status: Status,
-        before: float | None,
-        after: float | None,
-        sample: Sample | None,
-        output: dict[str, str],
+    def _make_report(
+        self, meter: Meter, status: Status, after: float | None, sample: Sample | None, output: dict[str, str]
     ) -> RunReport:
-        progress, summary = self.progress, meter.summary
-        speed = progress.tokens / progress.train_seconds if progress.train_seconds else None
-        report = RunReport(
+        summary, resumed = meter.summary, self.session.resumed
+        return RunReport(
             recipe=self.plan.recipe,
             recipe_sha256=self.plan.recipe_sha256,
             status=status,
-            started_unix_time=self.started,
-            loss=Loss(before=before, after=after, first=progress.first_loss, last=progress.last_loss),
+            started_unix_time=self.session.record.sessions[0].started_unix_time,
+            loss=make_loss(self.progress, self.history, after),
             sample=sample,
             measured=meter.measure(disk_bytes=count_file_bytes(self.directory.path)),
-            speed=Speed(
-                steps=progress.step,
-                tokens=progress.tokens,
-                train_seconds=progress.train_seconds,
-                total_seconds=time.time() - self.started,
-                tokens_per_second=speed,
-                energy_joules=summary.energy_joules,
-            ),
+            speed=make_speed(self.progress, self.total_seconds, summary.energy_joules),
             events=tuple(asdict(event) for event in summary.events),
             output=output,
             versions=find_versions(),
-            skipped_steps=progress.skipped,
+            skipped_steps=self.progress.skipped,
+            resumed_from=tuple(one.from_step for one in resumed),
+            lost_steps=sum(one.lost_steps for one in resumed),
+            best_step=None if self.history.best is None else self.history.best.step,
+            checkpoints=len(self.keeper.store.list_steps()),
         )
-        self.directory.write_json(REPORT_NAME, report.model_dump(mode="json"))
-        return report
-
-
-def _question_text(row: Row) -> str:
-    assert row.messages is not None, "the question comes from a conversation"
-    return next((one.content for one in reversed(row.messages) if one.role == "user"), "")

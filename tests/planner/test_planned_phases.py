@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
 
@@ -46,16 +48,38 @@ def test_files_of_the_phases_and_the_logs_are_all_of_the_disk() -> None:
     assert sum(phase.disk_bytes or 0 for phase in plan.memory.phases) + LOG_BYTES == plan.memory.disk_bytes
 
 
-def test_a_checkpoint_is_as_large_as_the_result() -> None:
-    tables = {"method": {"kind": "full"}, "train": {"max_steps": 100}}
-    alone, often = (plan_for({**tables, "output": output}, H100) for output in ({}, {"save_every": 30}))
-    assert phases_of(often)["save"].disk_bytes == 4 * (phases_of(alone)["save"].disk_bytes or 0)
+FULL: dict[str, Any] = {"method": {"kind": "full"}, "train": {"max_steps": 100, "optimizer": "adamw"}}
+
+
+def plan_with_disk(disk_bytes: int, output: dict[str, Any]) -> Plan:
+    return make_plan(make_inputs({**FULL, "output": output}, H100.model_copy(update={"disk_bytes": disk_bytes})))
+
+
+def test_a_checkpoint_holds_what_is_trained_and_the_states_of_the_optimizer() -> None:
+    none, often = (plan_for({**FULL, "output": {"save_every": every}}, H100) for every in ("never", 30))
+    saved = phases_of(often)["save"].disk_bytes or 0
+    assert saved - (phases_of(none)["save"].disk_bytes or 0) == 2 * often.memory.checkpoint_bytes
+    weights = estimate_weight_files(find_shape("llama-3.2-1b"), often.strategy, merge=False)
+    assert weights.checkpoint_bytes == 3 * weights.trained_bytes
+    assert weights.checkpoint_bytes < often.memory.checkpoint_bytes < 1.1 * weights.checkpoint_bytes
+
+
+def test_a_new_checkpoint_is_there_before_the_oldest_goes() -> None:
+    plan = plan_for({**FULL, "output": {"save_every": 1}}, H100)
+    assert plan.memory.disk_bytes == 3 * plan.memory.checkpoint_bytes + LOG_BYTES
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_no_fit() -> None:
-    tables = {"method": {"kind": "full"}, "train": {"max_steps": 100}, "output": {"save_every": 1}}
-    inputs = make_inputs(tables, H100.model_copy(update={"disk_bytes": 50 * 2**30}))
-    assert not make_plan(inputs).fits
+    assert not plan_with_disk(20 * 2**30, {"save_every": 1}).fits
+
+
+def test_a_small_disk_gets_fewer_checkpoints_where_the_recipe_leaves_them_open() -> None:
+    roomy, tight, none = (plan_with_disk(size * 2**30, {}) for size in (60, 30, 10))
+    assert (roomy.memory.checkpoints, tight.memory.checkpoints, none.memory.checkpoints) == (2, 1, 0)
+    assert roomy.fits and tight.fits and none.fits
+    assert any("only the last 1 checkpoint stays" in text for text in tight.warnings)
+    assert any("no checkpoints are written" in text for text in none.warnings)
+    assert not any("checkpoint" in text for text in roomy.warnings)
 
 
 def test_weights_that_are_stored_as_they_are_trained_take_no_ram_before_they_are_used() -> None:

@@ -51,9 +51,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "activation_offload": False,
         "expandable_segments": False,
         "eval_every": None,
+        "early_stopping_patience": None,
+        "on_nonfinite": "stop",
         "seed": 0,
     },
-    "output": {"dir": None, "merge": False, "save_every": None},
+    "output": {
+        "dir": None,
+        "merge": False,
+        "save_every": "auto",
+        "keep_checkpoints": 2,
+        "keep_best": False,
+    },
 }
 
 

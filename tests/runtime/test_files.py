@@ -12,6 +12,7 @@ from small_models import ARCHITECTURES, build_small_model, make_strategy
 
 from fitune.planner.files import StoredTensor, count_checkpoints, estimate_model_bytes, estimate_safetensors_bytes
 from fitune.planner.strategy import Dtype
+from fitune.recipes.schema import OutputTable
 from fitune.runtime.build import add_adapters
 from fitune.runtime.files import list_model_tensors, make_files_of, store_tensors
 from fitune.runtime.meta_shape import build_meta_model
@@ -71,9 +72,21 @@ def test_files_of_a_model_that_cannot_be_built_are_not_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("save_every", "steps", "checkpoints"), [(None, 9, 0), (3, 9, 2), (3, 10, 3), (10, 9, 0), (1, None, 0)]
+    ("output", "steps", "evaluations", "stay", "at_once"),
+    [
+        ({"save_every": 3}, 3, 0, 0, 0),
+        ({"save_every": 3}, 9, 0, 2, 2),
+        ({"save_every": 3}, 10, 0, 2, 3),
+        ({"save_every": 3, "keep_checkpoints": 5}, 10, 0, 3, 3),
+        ({"save_every": 3}, None, 0, 2, 3),
+        ({"save_every": 100, "keep_best": True}, 9, 1, 1, 1),
+        ({"save_every": 1, "keep_best": True}, 9, 4, 3, 4),
+        ({}, 9, 0, 2, 3),
+        ({"save_every": "never"}, 9, 0, 0, 0),
+    ],
 )
-def test_the_last_step_has_no_checkpoint_beside_the_result(
-    save_every: int | None, steps: int | None, checkpoints: int
+def test_checkpoints_that_stay_and_that_are_there_at_one_time(
+    output: dict[str, Any], steps: int | None, evaluations: int, stay: int, at_once: int
 ) -> None:
-    assert count_checkpoints(save_every, steps) == checkpoints
+    """None after the last step, whose weights are the result; a new one is whole before the oldest goes."""
+    assert count_checkpoints(OutputTable(**output), steps, evaluations) == (stay, at_once)

@@ -21,8 +21,10 @@ from small_runs import plan_recipe, read_lines, read_losses, run_recipe_file, wr
 from fitune.recipes.errors import DataError, ModelError, RunError
 from fitune.runtime.live import LiveLine
 from fitune.runtime.planning import Job
-from fitune.runtime.train import choose_run_path, run_job
+from fitune.runtime.running import RunOptions, find_run_path
+from fitune.runtime.train import run_job
 
+DOCUMENTS = {"run.json", "plan.json", "recipe.toml", "metrics.jsonl", "samples.jsonl"}
 FITUNE = [sys.executable, "-m", "fitune.runtime.cli"]
 
 
@@ -59,7 +61,7 @@ def test_a_run_trains_and_leaves_its_documents(
     )
     run, report = run_recipe_file(recipe, compute_dtype=dtype)
     weights = "model" if method == "full" else "adapter"
-    assert list_names(run) == {"plan.json", "recipe.toml", "metrics.jsonl", "samples.jsonl", "report.json", weights}
+    assert list_names(run) == {*DOCUMENTS, "report.json", weights}
     assert report.status == "finished" and report.output == {weights: weights}
     assert report.loss.before is not None and report.loss.after is not None
     assert report.loss.after < 0.97 * report.loss.before
@@ -148,10 +150,10 @@ def test_accumulation_and_checkpointing_change_no_loss(llama: Path, tmp_path: Pa
 
 def test_a_run_without_an_output_dir_goes_below_runs_with_its_recipe_and_time(llama: Path, tmp_path: Path) -> None:
     job = Job(str(write_recipe(tmp_path, llama, output={"dir": None})))
-    path = choose_run_path(job, time.mktime((2026, 3, 1, 14, 5, 9, 0, 0, -1)))
-    assert path == Path("runs/recipe-20260301-140509")
+    path = find_run_path(job, time.mktime((2026, 3, 1, 14, 5, 9, 0, 0, -1)), RunOptions())
+    assert path == (Path("runs/recipe-20260301-140509"), False)
     elsewhere = Job(str(write_recipe(tmp_path, llama, output={"dir": "mine"})))
-    assert choose_run_path(elsewhere, time.time()) == tmp_path / "mine"
+    assert find_run_path(elsewhere, time.time(), RunOptions()) == (tmp_path / "mine", False)
 
 
 def test_an_existing_adapter_is_trained_further(llama: Path, tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_run_that_diverges_keeps_its_metrics_and_no_weights(llama: Path, tmp_p
     plan = plan.model_copy(update={"strategy": plan.strategy.model_copy(update={"learning_rate": 1e30})})
     with pytest.raises(RunError, match=r"without saving its weights"):
         run_job(job, plan, tmp_path / "run", Console(file=io.StringIO()))
-    assert list_names(tmp_path / "run") == {"plan.json", "recipe.toml", "metrics.jsonl", "samples.jsonl"}
+    assert list_names(tmp_path / "run") == DOCUMENTS
     assert read_losses(tmp_path / "run")
 
 
