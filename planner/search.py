@@ -102,9 +102,7 @@ def walk_alike(recipe: Recipe, device: Device, shape: ModelShape, length: int, *
     freed = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict.fromkeys(FREE_KEYS, "auto"))})
     fixed = like.model_dump(exclude=MAY_DIFFER)
     found = [
-        one
-        for one in list_strategies(freed, device, like.method, shape)
-        if one.model_dump(exclude=MAY_DIFFER) == fixed
+        one for one in list_strategies(freed, device, like.method, shape) if one.model_dump(exclude=MAY_DIFFER) == fixed
     ]
     if not found:
         raise PlanError(f"there is no other plan that this run can go on with on {device.name}")

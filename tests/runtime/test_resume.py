@@ -80,6 +80,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {"method": {"kind": "lora", "dropout": 0.1}, "train": {"optimizer": "adamw_8bit"}},
     "paged": {"model": {"dtype": "bf16"}, "train": {"optimizer": "paged_adamw"}},
     "qlora": {"method": {"kind": "qlora"}, "model": {"dtype": "bf16"}},
+    "mixture": {"train": {"max_steps": None, "epochs": 3}},
     "fp16": {"method": {"kind": "lora"}},
 }
 
@@ -94,6 +95,10 @@ def test_a_resumed_run_ends_as_one_without_an_interruption(
     tables["output"] = {"dir": "run", "save_every": 2}
     strategy = {"compute_dtype": "fp16" if kind == "fp16" else tables.get("model", {}).get("dtype", "fp32")}
     whole, broken = (write_recipe(tmp_path / name, llama, rows=12, **tables) for name in ("whole", "broken"))
+    if kind == "mixture":
+        for recipe in (whole, broken):
+            sources = '[{path="train.jsonl", weight=3.0}, {path="eval.jsonl", weight=1.0}]'
+            change_file(recipe, 'train = "train.jsonl"', f"train = {sources}")
     expected = execute(whole, **strategy)
     kill_at(4)
     with pytest.raises(Killed):
@@ -350,6 +355,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_the_recipe_says_so(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients of step 3 are infinite: its weights stay as they were, and the run goes on."""
+
     def poison(model: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
