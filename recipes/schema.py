@@ -94,6 +94,8 @@ class DataTable(Table):
     """What becomes of a longer row: cut at the right; split, a conversation between its turns; or left out."""
     max_truncated: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the rows that may be cut, 0 to 1; a run with more of them is refused."""
+    max_leaked: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the held-out rows that may be among the training rows, 0 to 1; a run with more of them is refused."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """What is trained: the assistant's answers (of completions the completion), the last answer, or every token."""
     packing: bool = False

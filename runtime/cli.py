@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..recipes.errors import FituneError
+from .cli_data import data
+from .shown import show_text
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -256,6 +258,9 @@ def init(path: Path, model: str | None, data: str | None) -> None:
     console.print(Text.assemble(f"wrote {path}; next: ", (command, "bold")), soft_wrap=True)
 
 
+cli.add_command(data)
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
@@ -286,7 +291,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _print_error(message: str) -> None:
-    problems.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    problems.print(Text.assemble(("error: ", "bold red"), show_text(message)), soft_wrap=True)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..recipes.errors import DataError
@@ -47,9 +47,6 @@ def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTok
     default_template = ensure_chat_template(tokenizer)
     settings = make_settings(table)
     train = tokenize_sources(loaded.train, tokenizer, settings)
-    too_many = describe_truncated(table, train.counts)
-    if too_many is not None:
-        raise DataError(too_many)
     packed = train
     if table.packing:
         from .packing import pack_rows
@@ -60,29 +57,16 @@ def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTok
         tokenizer=tokenizer,
         default_template=default_template,
         train=packed,
-        eval=None if held_out is None else replace(held_out, parts=()),
+        eval=held_out,
         unpacked=train,
         eval_rows=tuple(loaded.eval_rows),
-    )
-
-
-def describe_truncated(table: DataTable, counts: Counts) -> str | None:
-    """Why the training rows are refused where more of them would be cut than `data.max_truncated`; else None."""
-    share = counts.truncated / max(1, len(counts.lengths))
-    if share <= table.max_truncated:
-        return None
-    return (
-        f"{counts.truncated:,} of {counts.rows:,} training rows ({share:.1%}) are longer than data.max_length = "
-        f"{table.max_length:,} tokens and would lose their end, allowed is data.max_truncated = {table.max_truncated}: "
-        f'set data.max_length (the longest row has {max(counts.lengths):,}), data.overlong = "split" or "drop", or '
-        "data.max_truncated"
     )
 
 
 def tokenize_sources(
     sources: Sequence[SourceRows], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> TokenizedRows:
-    """The sequences of all sources, with what each contributes where there are several."""
+    """The sequences of all sources, with what each contributes."""
     rows, parts, counts = list[TokenizedRow](), list[Part](), Counts()
     for source in sources:
         making = RowTokenizer(tokenizer, settings)
@@ -98,6 +82,6 @@ def tokenize_sources(
         rows=tuple(rows),
         pad_token_id=find_pad_token_id(tokenizer),
         max_length=settings.max_length,
-        parts=tuple(parts) if len(parts) > 1 else (),
+        parts=tuple(parts),
         counts=counts,
     )

@@ -29,6 +29,7 @@ from .models import (
     measure_stored_bytes,
     measure_tokenizer_bytes,
 )
+from .preflight import DataReport, check_data
 from .sources import LoadedRows, find_absent, load_rows
 from .versions import find_versions
 
@@ -74,6 +75,12 @@ class Job:
         loaded = self.rows
         tokenizer = load_tokenizer(self.source, trust_remote_code=recipe.model.trust_remote_code)
         return tokenize_data(recipe.data, loaded, tokenizer)
+
+    @cached_property
+    def data_report(self) -> DataReport:
+        """The data check; its problems are not raised here."""
+        recipe = self.recipe_file.recipe
+        return check_data(self.path, recipe.data, self.rows, self.data, seed=recipe.train.seed)
 
     def find_data_facts(self, *, quick: bool) -> DataFacts:
         """The longest row and how many there are: from the tokenised dataset where it and the tokenizer are here."""

@@ -20,7 +20,10 @@ from ..planner.reasons import describe_strategy
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
 from ..recipes.units import format_bytes
+from .data_view import describe_data
+from .preflight import DataReport
 from .rundir import PLAN_NAME, REPORT_NAME
+from .shown import show_text
 
 Status = Literal["finished", "interrupted", "terminated", "out_of_time"]
 
@@ -122,6 +125,7 @@ class RunReport(Value):
     lost_steps:    steps that were done again since they came after the last checkpoint
     best_step:     after it the held-out loss was the best, None where it was measured at the end only
     checkpoints:   that lay beside the result when it was written
+    data:      the data check that the run began with; None in a report of an earlier version
     """
 
     format_version: Literal[1] = 1
@@ -141,6 +145,7 @@ class RunReport(Value):
     lost_steps: int = Field(default=0, ge=0)
     best_step: int | None = None
     checkpoints: int = Field(default=0, ge=0)
+    data: DataReport | None = None
 
 
 def load_report(run: Path) -> tuple[Plan, RunReport]:
@@ -221,12 +226,14 @@ def _render_result(plan: Plan, report: RunReport) -> Group:
         lines.append(Text(f"resumed        {times}, after step {steps}{again}"))
     if report.skipped_steps:
         lines.append(Text(f"skipped        {report.skipped_steps} steps whose loss or gradients were not finite"))
+    if report.data is not None:
+        lines.append(Text(f"data           {describe_data(report.data)}"))
     if report.sample is not None:
         lines += [
             Text(),
-            Text.assemble(("held-out question  ", "bold"), report.sample.question),
-            Text.assemble(("before  ", "bold"), report.sample.before),
-            Text.assemble(("after   ", "bold green"), report.sample.after),
+            Text.assemble(("held-out question  ", "bold"), show_text(report.sample.question)),
+            Text.assemble(("before  ", "bold"), show_text(report.sample.before)),
+            Text.assemble(("after   ", "bold green"), show_text(report.sample.after)),
         ]
     return Group(*lines)
 

@@ -16,6 +16,7 @@ from ..planner.render import render_plan
 from ..recipes.errors import PlanError, RunError
 from .devices import check_runs_here
 from .planning import Job, check_data_fits_plan, load_plan, reopen_plan
+from .preflight import refuse_problems
 from .report import Status, render_report
 from .rundir import PLAN_NAME
 
@@ -45,7 +46,7 @@ def run_recipe(path: str, overrides: Sequence[str], console: Console, options: R
     job, plan = _open_job(path, overrides, console)
     run_path, is_unfinished = find_run_path(job, started, options)
     with console.status("reading the data and the tokenizer"):
-        job.data  # noqa: B018 - tokenised here, used by the run
+        refuse_problems(job.data_report)
     if is_unfinished:
         plan = _find_plan_to_go_on(job, plan, run_path, options, console)
     elif plan is None:

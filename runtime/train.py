@@ -316,4 +316,5 @@ class Run:
             lost_steps=sum(one.lost_steps for one in resumed),
             best_step=None if self.history.best is None else self.history.best.step,
             checkpoints=len(self.keeper.store.list_steps()),
+            data=self.job.data_report,
         )

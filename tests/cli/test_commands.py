@@ -79,7 +79,9 @@ def test_explain_takes_counts_and_models(fitune: Commands, size: str) -> None:
 def test_validate_says_what_it_found(fitune: Commands, workspace: Path) -> None:
     result = fitune("validate", "recipe.toml", "--set", "data.eval=0.25")
     assert (result.code, result.err) == (0, "")
-    assert result.out == "ok recipe.toml: smollm2-135m-instruct (embedded), 6 rows to train on, 2 held out\n"
+    assert (
+        result.out == "ok recipe.toml: smollm2-135m-instruct (embedded), 6 rows to train on (completion), 2 held out\n"
+    )
 
 
 @pytest.mark.parametrize("shipped", list_shipped(), ids=lambda shipped: shipped.name)

@@ -18,6 +18,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_length": 2048,
         "overlong": "truncate",
         "max_truncated": 0.05,
+        "max_leaked": 0.0,
         "train_on": "assistant",
         "packing": False,
         "system": None,

@@ -49,17 +49,6 @@ def test_packing_keeps_the_sources_of_a_mixture_apart(tmp_path: Path) -> None:
     assert all(len(kind) == 1 for kind in kinds)
 
 
-def test_more_cut_rows_than_the_recipe_allows_are_refused_with_what_to_set(tmp_path: Path) -> None:
-    write_texts(tmp_path / "a.jsonl", *["feta"] * 8, "feta " * 60, "graviera " * 60)
-    with pytest.raises(
-        DataError, match=r"^2 of 10 training rows \(20\.0%\) are longer than data\.max_length = 32 tokens"
-    ):
-        tokenize(tmp_path, train="a.jsonl", max_length=32)
-    assert tokenize(tmp_path, train="a.jsonl", max_length=32, max_truncated=0.2).train.counts.truncated == 2
-    assert tokenize(tmp_path, train="a.jsonl", max_length=32, overlong="split").train.counts.truncated == 0
-    assert len(tokenize(tmp_path, train="a.jsonl", max_length=32, overlong="drop").train) == 8
-
-
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
     write_texts(tmp_path / "a.jsonl", "feta")
     write_texts(tmp_path / "b.jsonl", "feta " * 60)
