@@ -151,11 +151,14 @@ def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, .
 
 
 def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple[LossHead, ...]:
-    """The loss heads to try; the fused one multiplies with the LM head itself, so that it must have no adapter."""
+    """The loss heads to try; the fused one multiplies with the LM head itself, so that it must have no adapter.
+
+    Where it can be had, the chunked one is not tried: it computes the logits twice, and its backward needs more.
+    """
     asked, targets = recipe.train.loss_head, recipe.method.targets
     is_adapted = method != "full" and targets != "all-linear" and any(shape.head.is_target(name) for name in targets)
     if asked == "auto":
-        return ("full", "chunked") if is_adapted else ("full", "fused", "chunked")
+        return ("full", "chunked") if is_adapted else ("full", "fused")
     if asked == "fused" and is_adapted:
         raise PlanError(
             'train.loss_head: "fused" computes without the adapter that method.targets puts on the LM head: '

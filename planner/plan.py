@@ -16,12 +16,13 @@ from ..recipes.schema import Recipe
 from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
+from .candidates import order_key
 from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
 from .memory import Estimator, Memory
 from .reasons import describe_rejection, find_largest_term
-from .search import Candidate, Found, Measure, list_budgets, search, walk_alike, walk_strategies
+from .search import Candidate, Found, Measure, Rank, find_alike, list_budgets, search, walk_methods
 from .shape import ModelShape
 from .strategy import DataFacts, Device, Strategy, Value
 
@@ -161,11 +162,15 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reason
     length = inputs.data.longest_row_tokens
     quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
     exact = None if measure is None else _complete(measure, inputs)
+
+    def rank(strategy: Strategy) -> Rank:
+        return order_key(strategy, device, length, shape.layers)
+
     if inputs.like is None:
-        strategies = walk_strategies(recipe, device, shape, length)
+        methods = walk_methods(recipe, device, shape)
     else:
-        strategies = walk_alike(recipe, device, shape, length, like=inputs.like)
-    found = search(strategies, device, quick=quick, exact=exact)
+        methods = iter([find_alike(recipe, device, shape, like=inputs.like)])
+    found = search(methods, device, rank=rank, quick=quick, exact=exact)
     return _write_plan(inputs, found, with_reasons=with_reasons)
 
 

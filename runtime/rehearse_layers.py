@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,8 +10,6 @@ from itertools import pairwise
 from .rehearse_model import Cut
 from .rehearse_watch import WORKSPACES, Recording
 
-TEMPLATE = 2
-"""The block that is repeated: its neighbours on both sides are like itself."""
 Key = tuple[bool, int]
 """A storage of a block: whether it was made in backward, and its place among those made there."""
 
@@ -48,18 +47,20 @@ class NotPeriodic(Exception):
 
 def extend(recording: Recording, segments: list[Segment], cut: Cut) -> list[Segment]:
     """The segments of the whole model; new storages are added to the recording."""
-    if not cut.copies:
-        return segments
-    extension = _Extension(recording, segments, cut)
-    extension.check()
-    return list(extension.run())
+    for template in sorted(cut.copies, reverse=True):
+        extension = _Extension(recording, segments, template, cut.copies[template])
+        extension.check()
+        segments = list(extension.run())
+    return segments
 
 
 class _Extension:
-    def __init__(self, recording: Recording, segments: list[Segment], cut: Cut) -> None:
-        self.recording, self.segments, self.cut = recording, segments, cut
+    """Repeats one block, the template; its neighbours on both sides are like itself."""
+
+    def __init__(self, recording: Recording, segments: list[Segment], template: int, copies: int) -> None:
+        self.recording, self.segments, self.template = recording, segments, template
         self.owner: dict[int, tuple[int, Key]] = {}
-        self.made: dict[int, dict[Key, int]] = {block: {} for block in range(len(cut.blocks))}
+        self.made: dict[int, dict[Key, int]] = defaultdict(dict)
         for segment in segments:
             if segment.block is None:
                 continue
@@ -69,12 +70,12 @@ class _Extension:
                     key = (segment.backward, sum(1 for backward, _ in made if backward == segment.backward))
                     made[key] = event
                     self.owner[event] = segment.block, key
-        self.copied = [self._copy() for _ in range(cut.copies)]
+        self.copied = [self._copy() for _ in range(copies)]
 
     def _copy(self) -> dict[Key, int]:
         """Numbers for the storages of one more block like the template."""
         copied, recording = {}, self.recording
-        for key, number in self.made[TEMPLATE].items():
+        for key, number in self.made[self.template].items():
             recording.sizes.append(recording.sizes[number])
             recording.components.append(recording.components[number])
             copied[key] = len(recording.sizes) - 1
@@ -82,11 +83,9 @@ class _Extension:
 
     def check(self) -> None:
         """The three middle blocks must make the same storages and treat them, and their neighbours', alike."""
-        one, template, other = (self._describe(block) for block in (TEMPLATE - 1, TEMPLATE, TEMPLATE + 1))
-        sizes = [
-            [(key, self.recording.sizes[number]) for key, number in self.made[block].items()]
-            for block in (TEMPLATE - 1, TEMPLATE, TEMPLATE + 1)
-        ]
+        middle = (self.template - 1, self.template, self.template + 1)
+        one, template, other = (self._describe(block) for block in middle)
+        sizes = [[(key, self.recording.sizes[number]) for key, number in self.made[block].items()] for block in middle]
         if sizes[0] != sizes[1] or sizes[1] != sizes[2] or template not in (one, other):
             raise NotPeriodic
 
@@ -108,15 +107,18 @@ class _Extension:
         for segment in self.segments:
             if segment.block is None:
                 result.append(self._replace(segment, [e for event in segment.events for e in self._spread(event)]))
-            elif segment.block == TEMPLATE and segment.backward:
-                result += [self._instance(segment, copy) for copy in reversed(range(self.cut.copies))]
+            elif segment.block == self.template and segment.backward:
+                result += [self._instance(segment, copy) for copy in reversed(range(len(self.copied)))]
                 result.append(self._instance(segment, -1))
-            elif segment.block == TEMPLATE:
-                result += [self._instance(segment, copy) for copy in range(-1, self.cut.copies)]
-            elif segment.block == TEMPLATE + 1:
+            elif segment.block == self.template:
+                result += [self._instance(segment, copy) for copy in range(-1, len(self.copied))]
+            elif segment.block == self.template + 1:
                 result.append(self._replace(segment, [self._after_copies(event) for event in segment.events]))
             else:
-                if any(self._block(event) == TEMPLATE and segment.block > TEMPLATE + 1 for event in segment.events):
+                if any(
+                    self._block(event) == self.template and segment.block > self.template + 1
+                    for event in segment.events
+                ):
                     raise NotPeriodic
                 result.append(segment)
         return result
@@ -133,23 +135,23 @@ class _Extension:
         """Outside of the layers: what happens to the template's storages happens to the copies', too."""
         number = event if event >= 0 else ~event
         owner = self.owner.get(number)
-        if owner is None or owner[0] != TEMPLATE:
+        if owner is None or owner[0] != self.template:
             return [event]
         return [event, *(_signed(copy[owner[1]], event) for copy in self.copied)]
 
     def _after_copies(self, event: int) -> int:
         """In the block behind the template: its predecessor is the last copy."""
         owner = self.owner.get(event if event >= 0 else ~event)
-        if owner is None or owner[0] != TEMPLATE:
+        if owner is None or owner[0] != self.template:
             return event
         return _signed(self.copied[-1][owner[1]], event)
 
     def _instance(self, segment: Segment, copy: int) -> Segment:
         """The template's segment as copy number `copy`; -1 is the template itself, whose successor is copy 0."""
-        own = self.made[TEMPLATE] if copy < 0 else self.copied[copy]
-        before = {-1: self.made[TEMPLATE - 1], 0: self.made[TEMPLATE]}.get(copy) or self.copied[copy - 1]
-        after = self.made[TEMPLATE + 1] if copy + 1 == len(self.copied) else self.copied[copy + 1]
-        neighbours = {TEMPLATE - 1: before, TEMPLATE: own, TEMPLATE + 1: after}
+        own = self.made[self.template] if copy < 0 else self.copied[copy]
+        before = {-1: self.made[self.template - 1], 0: self.made[self.template]}.get(copy) or self.copied[copy - 1]
+        after = self.made[self.template + 1] if copy + 1 == len(self.copied) else self.copied[copy + 1]
+        neighbours = {self.template - 1: before, self.template: own, self.template + 1: after}
         events = []
         for event in segment.events:
             owner = self.owner.get(event if event >= 0 else ~event)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ UNQUANTIZED = ["lm_head", "embed_out"]
 """Names of LM heads, which NF4 leaves alone."""
 BLOCKS_TRACED = 5
 """First, three in the middle and last: the middle one's neighbours are middle ones, so it stands for all left out."""
+TEMPLATE = 2
+"""The middle one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +49,16 @@ class TensorSpec:
 class Cut:
     """Which layers are traced, and how often the repeated ones occur.
 
-    layers:  all decoder layers of the model
     picked:  the layers that are traced, in order
-    blocks:  how many picked layers each block has; blocks 1, 2 and 3 are alike
-    copies:  how many more blocks like 2 the whole model has
+    sources: for each layer of the whole model the traced one, counted among the picked ones, that stands for it
+    blocks:  how many picked layers each block has
+    copies:  how many more blocks the whole model has that are like these; their neighbours on both sides are, too
     """
 
-    layers: int
     picked: tuple[int, ...]
+    sources: tuple[int, ...]
     blocks: tuple[int, ...]
-    copies: int
-
-    def source(self, layer: int) -> int:
-        """The traced layer, counted among the picked ones, that stands for `layer` of the whole model."""
-        if not self.copies:
-            return layer
-        period, before = self.blocks[2], sum(self.blocks[:3])
-        if layer < before:
-            return layer
-        if layer < before + self.copies * period:
-            return before - period + (layer - before) % period
-        return layer - self.copies * period
+    copies: Mapping[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +189,8 @@ def _find_tied(base: Any) -> TensorSpec | None:
     return _make_spec(head, "weight", head.weight)
 
 
-def _kinds(base: Any, strategy: Strategy) -> list[tuple[Any, ...]]:
-    """What tells one decoder layer from another: shapes, plain attributes but its number, and checkpointing."""
+def _kinds(base: Any) -> list[tuple[Any, ...]]:
+    """What tells one decoder layer from another: shapes, and plain attributes but its number."""
     types = getattr(base.config.get_text_config(), "layer_types", None)
     kinds: list[tuple[Any, ...]] = []
     for index, layer in enumerate(find_layers(base)):
@@ -210,33 +201,60 @@ def _kinds(base: Any, strategy: Strategy) -> list[tuple[Any, ...]]:
             for key, value in vars(module).items()
             if isinstance(value, bool | int | float | str) and key != "layer_idx"
         )
-        kind = types[index] if types and index < len(types) else None
-        kinds.append((shapes, plain, kind, index < strategy.checkpointed_layers))
+        kinds.append((shapes, plain, types[index] if types and index < len(types) else None))
     return kinds
 
 
 def _no_cut(base: Any) -> Cut:
-    layers = len(find_layers(base))
-    return Cut(layers=layers, picked=tuple(range(layers)), blocks=(layers,), copies=0)
+    layers = tuple(range(len(find_layers(base))))
+    return Cut(picked=layers, sources=layers, blocks=(len(layers),), copies={})
 
 
 def _plan_cut(base: Any, strategy: Strategy) -> Cut:
-    """The fewest layers that show every transition: a first block, three alike, and a last one with what remains."""
-    kinds = _kinds(base, strategy)
+    """The fewest layers that show every transition, of the checkpointed ones and of the others."""
+    kinds = _kinds(base)
+    checkpointed = min(strategy.checkpointed_layers, len(kinds))
+    picked: list[int] = []
+    sources: list[int] = []
+    blocks: list[int] = []
+    copies: dict[int, int] = {}
+    for start, run in ((0, kinds[:checkpointed]), (checkpointed, kinds[checkpointed:])):
+        if not run:
+            continue
+        sizes, left_out = _find_blocks(run)
+        if left_out:
+            copies[len(blocks) + TEMPLATE] = left_out
+        period, before, layers = sizes[-1], sum(sizes), len(run)
+        if left_out:
+            period, before = sizes[TEMPLATE], sum(sizes[: TEMPLATE + 1])
+        sources += [len(picked) + _source(layer, period, before, left_out) for layer in range(layers)]
+        after = sum(sizes) - before
+        picked += [start + layer for layer in (*range(before), *range(layers - after, layers))]
+        blocks += sizes
+    return Cut(picked=tuple(picked), sources=tuple(sources), blocks=tuple(blocks), copies=copies)
+
+
+def _source(layer: int, period: int, before: int, copies: int) -> int:
+    """Which of the picked layers stands for a run's layer; the last `period` of the first `before` ones are copied."""
+    if layer < before:
+        return layer
+    if layer < before + copies * period:
+        return before - period + (layer - before) % period
+    return layer - copies * period
+
+
+def _find_blocks(kinds: Sequence[tuple[Any, ...]]) -> tuple[tuple[int, ...], int]:
+    """Layers of each block: a first one, three alike, and a last one with what remains; and how often the middle one
+    is left out. One block of all, where they do not repeat as often."""
     layers = len(kinds)
     for period in range(1, layers // BLOCKS_TRACED + 1):
         for lead in range(min(period, 4) + 1):
             if any(kinds[i] != kinds[i + period] for i in range(lead, layers - period)):
                 continue
             repeats, rest = divmod(layers - lead, period)
-            if repeats <= BLOCKS_TRACED:
-                continue
-            blocks = (lead + period, period, period, period, period + rest)
-            copies, kept = repeats - BLOCKS_TRACED, sum(blocks)
-            head = kept - blocks[-1] - period
-            picked = (*range(head), *range(layers - (kept - head), layers))
-            return Cut(layers=layers, picked=picked, blocks=blocks, copies=copies)
-    return _no_cut(base)
+            if repeats > BLOCKS_TRACED:
+                return (lead + period, period, period, period, period + rest), repeats - BLOCKS_TRACED
+    return (layers,), 0
 
 
 def _cut_layers(base: Any, cut: Cut) -> None:
@@ -249,7 +267,7 @@ def _cut_layers(base: Any, cut: Cut) -> None:
         del layers[-1]
     layers.extend(kept)
     for key, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == cut.layers:
+        if isinstance(value, list | tuple) and len(value) == len(cut.sources):
             setattr(config, key, type(value)(value[index] for index in cut.picked))
     config.num_hidden_layers = len(kept)
 
@@ -271,6 +289,6 @@ def _expand(model: nn.Module, base: Any, cut: Cut) -> Iterator[tuple[str, Tensor
         else:
             (after if by_layer[0] else before).append(entry)
     yield from before
-    for layer in range(cut.layers):
-        yield from by_layer[cut.source(layer)]
+    for source in cut.sources:
+        yield from by_layer[source]
     yield from after

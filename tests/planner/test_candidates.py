@@ -85,7 +85,7 @@ def test_compiled_layers_are_refused_for_qlora_and_left_to_the_others() -> None:
 def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     found = list_all({}, H100, "lora")
     assert {one.checkpointed_layers for one in found} == {0, LAYERS}
-    assert {one.loss_head for one in found} == {"full", "fused", "chunked"}
+    assert {one.loss_head for one in found} == {"full", "fused"}
     assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
     assert {one.compile for one in found} == {False}
 

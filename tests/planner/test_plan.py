@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import CPU, FP32_CPU, GiB, find_shape, make_gpu, make_inputs, plan_for
 
-from fitune.planner.candidates import list_strategies
+from fitune.planner.candidates import list_strategies, order_key
 from fitune.planner.catalog import list_gpus, list_models
 from fitune.planner.estimate import estimate_memory
 from fitune.planner.memory import PHASES, Components
-from fitune.planner.plan import Plan, list_budgets, make_plan
+from fitune.planner.plan import Plan, list_budgets, make_closed_form_measure, make_plan
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import FituneError, PlanError
 from fitune.recipes.shipped import list_shipped
@@ -64,6 +64,27 @@ def test_the_chosen_strategy_is_the_first_that_fits_in_the_documented_order() ->
     )
     inputs = make_inputs(LLAMA_8B | {"method": {"kind": "qlora"}}, make_gpu("RTX 4090"))
     assert make_plan(inputs) == plan, "the same inputs make the same plan"
+
+
+@pytest.mark.parametrize("budget", [9, 14, 18, 24, 33, 48, 60, 80])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_search_finds_what_trying_everything_finds(method: str, budget: int) -> None:
+    """Every number of checkpointed layers with every other choice, by the same measure and the same order."""
+    inputs = make_inputs(LLAMA_8B | {"method": {"kind": method}}, with_budget(H100, budget))
+    shape, device, length = inputs.shape, inputs.device, inputs.data.longest_row_tokens
+    measure = make_closed_form_measure(shape, device, length, merge=False)
+    fitting = [
+        one
+        for strategy in list_strategies(inputs.recipe_file.recipe, device, method, shape)  # type: ignore[arg-type]
+        for layers in range(shape.layers + 1)
+        for one in [strategy.model_copy(update={"checkpointed_layers": layers})]
+        if measure(one).required_bytes <= device.budget_bytes
+    ]
+    plan = make_plan(inputs)
+    assert plan.fits == bool(fitting)
+    if fitting:
+        best = min(order_key(one, device, length, shape.layers) for one in fitting)
+        assert order_key(plan.strategy, device, length, shape.layers) == best
 
 
 @given(st.sampled_from([1, 2, 6, 16, 36, 97]), st.floats(1, 100), st.sampled_from(["auto", "full", "lora", "qlora"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,34 @@ def test_repeating_the_middle_layers_gives_the_whole_models_trace(config: dict[s
     assert sorted(list_sizes(short)) == sorted(list_sizes(whole))
     assert short.model.trainable == whole.model.trainable
     assert short.model.adapters == whole.model.adapters
+
+
+def find_peak(traced: TracedStep) -> int:
+    """The most that is live at one time."""
+    return max(accumulate(list_sizes(traced)))
+
+
+@pytest.mark.parametrize("layers", [1, 6, 8, 13, 15])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_checkpointed_layers_and_others_are_repeated_each(method: str, layers: int) -> None:
+    config = LLAMA | {"num_hidden_layers": 16}
+    strategy = make_strategy(method, checkpointed_layers=layers, loss_head="fused")
+    trace(config, strategy)
+    short, whole = trace(config, strategy), trace(config, strategy, cut=False)
+    assert len(short.model.layers) < len(whole.model.layers) == 16
+    assert sorted(list_sizes(short)) == sorted(list_sizes(whole))
+    assert find_peak(short) == find_peak(whole)
+    assert short.model.trainable == whole.model.trainable
+
+
+def test_each_layer_that_is_checkpointed_saves_as_much() -> None:
+    config = LLAMA | {"num_hidden_layers": 16}
+    kept = [
+        predict(config, make_strategy(checkpointed_layers=layers), length=1024).components.activations
+        for layers in (0, 1, 5, 9)
+    ]
+    assert kept[0] - kept[1] > 2**20
+    assert kept[1] - kept[2] == kept[2] - kept[3] == 4 * (kept[0] - kept[1])
 
 
 def test_layers_that_alternate_are_repeated_in_pairs() -> None:
