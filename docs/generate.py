@@ -1,6 +1,6 @@
 """Makes the parts of docs/ that come from the software: `python docs/generate.py recipe`, `... accuracy`, `... images`.
 
-recipe: docs/recipe.md from the recipe's schema.
+recipe: docs/recipe.md from the recipe's schema, and the keys of docs/data_make.md from the schema of its spec.
 accuracy: the tables of docs/accuracy.md and docs/images/accuracy.svg, from all measured rows; takes two minutes.
 images: docs/images' other pictures, from real commands, recorded by rich. The run takes minutes, on an idle machine.
 """
@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from fitune.recipes import make_schema
+from fitune.recipes.make_spec import MakeSpec
+from fitune.recipes.schema import make_document_schema
 from fitune.runtime.embedded import cache_folder
 
 DOCS = Path(__file__).parent
@@ -35,14 +37,37 @@ def make_recipe_reference() -> str:
         'init` writes a commented recipe. `"auto"` is the planner\'s to decide. This page is made by',
         "`python docs/generate.py recipe`.",
     ]
+    return "\n".join([*lines, *_make_tables(schema, "##")]) + "\n"
+
+
+def make_spec_reference(page: str) -> str:
+    """docs/data_make.md with the keys of the spec as its last section."""
+    head = "## The spec\n"
+    lines = [
+        "TOML; relative paths are relative to the spec's folder.",
+        *_make_tables(make_document_schema(MakeSpec), "###"),
+    ]
+    return page[: page.index(head)] + head + "\n" + "\n".join(lines) + "\n"
+
+
+def _make_tables(schema: dict[str, Any], heading: str) -> list[str]:
+    lines = list[str]()
     for name, node in schema["properties"].items():
         table = _follow(schema, node)
-        lines += ["", f"## [{name}]", "", table["description"], "", "| key | values | default | |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"{heading} [{name}]",
+            "",
+            table["description"],
+            "",
+            "| key | values | default | |",
+            "|---|---|---|---|",
+        ]
         for key, value in table["properties"].items():
             required = "required" if key in table.get("required", []) else ""
             default = _show(value["default"]) if "default" in value else required or "unset"
             lines.append(f"| `{key}` | {_describe(schema, value)} | {default} | {value.get('description', '')} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +79,8 @@ def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
 def _show(value: object) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, list) and len(str(value)) > 60:
+        return f"{len(value)} texts"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`".replace("'", '"')
 
 
@@ -68,7 +95,7 @@ def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
     if node.get("type") == "array":
         return f"list of {_describe(schema, node['items'])}"
     if node.get("type") == "object":
-        return "table {" + ", ".join(node["properties"]) + "}"
+        return "table {" + ", ".join(node["properties"]) + "}" if "properties" in node else "table"
     if "examples" in node:
         return "size such as " + ", ".join(f'`"{one}"`' for one in node["examples"])
     return {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}[node["type"]]
@@ -137,6 +164,8 @@ if __name__ == "__main__":
     what = sys.argv[1:]
     if what == ["recipe"]:
         (DOCS / "recipe.md").write_text(make_recipe_reference(), encoding="utf-8")
+        page = DOCS / "data_make.md"
+        page.write_text(make_spec_reference(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == ["accuracy"]:
         make_accuracy()
     elif what == ["images"]:

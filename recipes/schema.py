@@ -331,5 +331,9 @@ class _TomlSchema(GenerateJsonSchema):
 
 def make_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe, for editors and for error messages."""
-    schema = Recipe.model_json_schema(schema_generator=_TomlSchema)
-    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+    return make_document_schema(Recipe)
+
+
+def make_document_schema(document: type[Table]) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a TOML document."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **document.model_json_schema(schema_generator=_TomlSchema)}

@@ -39,12 +39,14 @@ def read_shipped(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def make_starter(model: str | None, data: str | None) -> str:
-    """A commented recipe to start from; None leaves the embedded model, or `train.jsonl` beside the recipe."""
+def make_starter(model: str | None, data: str | None, held_out: str | None = None) -> str:
+    """A commented recipe to start from; None leaves the embedded model, `train.jsonl` beside the recipe, no eval."""
     text = Path(__file__).with_name("starter.toml").read_text(encoding="utf-8")
     # Markers are replaced from the end, so that text put in is never searched for the other marker.
     before, rest = text.split('"$model"')
     between, after = rest.split('"$data"')
+    if held_out is not None:
+        after = after.replace("# eval = 0.1", f"eval = {_quote(held_out)}", 1)
     text = (
         before
         + _quote("smollm2-135m-instruct" if model is None else model)

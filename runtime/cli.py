@@ -245,12 +245,13 @@ def show_recipe(name: str) -> None:
 @cli.command()
 @click.argument("path", default="recipe.toml", type=click.Path(path_type=Path))
 @click.option("--model", help="The model: a folder, a catalog name or a hub id.")
-@click.option("--data", help="The training rows: a file or a hub id.")
-def init(path: Path, model: str | None, data: str | None) -> None:
+@click.option("--data", "train", help="The training rows: a file or a hub id.")
+@click.option("--eval", "held_out", help="The held-out rows: a file or a hub id.")
+def init(path: Path, model: str | None, train: str | None, held_out: str | None) -> None:
     """Write a commented starter recipe to PATH (recipe.toml); an existing file is never overwritten."""
     from ..recipes.shipped import make_starter
 
-    text = make_starter(model, data)
+    text = make_starter(model, train, held_out)
     if path.exists():
         raise FituneError(f"{path} exists already: name another file")
     _write_text(path, text)

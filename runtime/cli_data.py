@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -55,3 +56,54 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     else:
         render_data(report, console)
     sys.exit(1 if report.problems else 0)
+
+
+@data.command()
+@click.argument("spec", required=False, type=click.Path(path_type=Path), metavar="SPEC.toml")
+@click.option(
+    "--dry-run", is_flag=True, help="Show prompts, number of requests and the most they can cost; send nothing."
+)
+@click.option("--max-cost", type=float, help="Most that all requests may cost, by the spec's prices.")
+@click.option("--max-requests", type=int, help="Most requests, repeated ones included.")
+@click.option("--requests-per-minute", type=int, help="Most requests in any 60 seconds.")
+@click.option("--tokens-per-minute", type=int, help="Most tokens in any 60 seconds, prompt and answer.")
+@click.option("--concurrency", type=int, help="Requests under way at once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--example", is_flag=True, help="Print a spec to start from.")
+def make(
+    spec: Path | None,
+    dry_run: bool,
+    max_cost: float | None,
+    max_requests: int | None,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    concurrency: int | None,
+    as_json: bool,
+    example: bool,
+) -> None:
+    """Make an instruction dataset: questions about documents or topics, answered by a persona.
+
+    SPEC.toml says what about, who answers, which endpoint, what it may cost. An interrupted run goes on where it was
+    when it is started again: no answer is paid for twice.
+    """
+    from ..recipes.make_spec import load_spec, read_example
+
+    if example:
+        click.echo(read_example(), nl=False)
+        return
+    if spec is None:
+        raise click.UsageError("give a SPEC.toml; --example prints one to start from")
+    limits = {
+        "max_cost": max_cost,
+        "max_requests": max_requests,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrency": concurrency,
+    }
+    from .making import run_make, show_dry_run
+
+    spec_file = load_spec(spec, limits)
+    if dry_run:
+        show_dry_run(spec_file, console, as_json=as_json)
+    else:
+        sys.exit(run_make(spec_file, console, as_json=as_json))

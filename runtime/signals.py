@@ -40,9 +40,12 @@ class StopSignals:
 
     From then on the kernel handles them, so a second one ends the process even within a long computation. Outside the
     main thread, which alone gets signals, nothing is changed.
+
+    waits_for: what is said to go on first where the first one has to wait
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits_for: str = "this step is finished first") -> None:
+        self._notice = f"\ninterrupted: {waits_for}; once more to stop at once\n".encode()
         self._before: dict[int, Any] = {}
         self._received: int | None = None
         self._is_deferring = False
@@ -62,7 +65,7 @@ class StopSignals:
         self._received = number
         if not self._is_deferring:
             raise Stopped(number)
-        os.write(2, b"\ninterrupted: this step is finished first; once more to stop at once\n")
+        os.write(2, self._notice)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -73,4 +76,5 @@ class StopSignals:
         finally:
             self._is_deferring = False
         if self._received is not None:
-            raise Stopped(self._received)
+            received, self._received = self._received, None
+            raise Stopped(received)

@@ -88,6 +88,8 @@ LIGHT = {
     "recipes": ["recipes"],
     "show": ["recipes", "show", "quickstart"],
     "init": ["init", "new.toml"],
+    "example of data make": ["data", "make", "--example"],
+    "data make": ["data", "make", "no-such-spec.toml", "--dry-run"],
     "help": ["--help"],
     "help of run": ["run", "--help"],
     "version": ["--version"],

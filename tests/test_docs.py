@@ -16,6 +16,12 @@ def test_the_recipe_reference_is_the_schema() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == made, "run `python docs/generate.py recipe`"
 
 
+def test_the_reference_of_a_datasets_spec_is_its_schema() -> None:
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    page = (ROOT / "docs" / "data_make.md").read_text(encoding="utf-8")
+    assert page == generate["make_spec_reference"](page), "run `python docs/generate.py recipe`"
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_to_files_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
