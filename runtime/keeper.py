@@ -37,6 +37,7 @@ class Keeper:
         self._needed_bytes = plan.memory.checkpoint_bytes
         self._last_seconds, self._write_seconds = time.monotonic(), 0.0
         self.written_step: int | None = None
+        self._is_failing = False
 
     @property
     def is_on(self) -> bool:
@@ -83,12 +84,14 @@ class Keeper:
         try:
             self.store.write(step, fill, needed_bytes=self._needed_bytes)
         except DiskError as error:
-            self._say(f"no checkpoint of step {step}: {error}; the run goes on, and the last checkpoint stays")
+            if not self._is_failing:
+                self._say(f"no checkpoint of step {step}: {error}; the run goes on, and the last checkpoint stays")
+            self._is_failing = True
             return False
         finally:
             self._last_seconds = time.monotonic()
             self._write_seconds = self._last_seconds - start
-        self.written_step = step
+        self.written_step, self._is_failing = step, False
         best = history.best.step if self._output.keep_best and history.best is not None else None
         self.store.rotate(self._kept, best)
         return True

@@ -51,7 +51,7 @@ def test_a_run_out_of_memory_says_why_and_goes_on_with_another_plan(tmp_path: Pa
         tmp_path,
         save_small_model(tmp_path / "model"),
         model={"attention": "eager", "dtype": "fp32"},
-        data={"max_length": 512, "eval": None},
+        data={"max_length": 512, "eval": None, "max_truncated": 1.0},
         budget={"memory": "64GiB", "disk": "64GiB"},
         train={"global_batch_size": 64, "micro_batch_size": 64, "max_steps": 1},
     )
