@@ -12,6 +12,7 @@ from .mixture import Part
 from .rows import Row
 from .sources import LoadedRows, SourceRows
 from .templates import ensure_chat_template
+from .token_cache import find_key, load_tokens, save_tokens
 from .tokens import Counts, RowTokenizer, TokenizedRow, TokenizedRows, TokenSettings, check_not_empty, find_pad_token_id
 
 if TYPE_CHECKING:
@@ -69,11 +70,10 @@ def tokenize_sources(
     """The sequences of all sources, with what each contributes."""
     rows, parts, counts = list[TokenizedRow](), list[Part](), Counts()
     for source in sources:
-        making = RowTokenizer(tokenizer, settings)
-        kept = [one for row in source.rows for one in making.tokenize(row)]
-        counts += making.counts
+        kept, found = _tokenize_source(source, tokenizer, settings)
+        counts += found
         try:
-            check_not_empty(len(kept), making.counts, settings)
+            check_not_empty(len(kept), found, settings)
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from error
         rows += kept
@@ -85,3 +85,18 @@ def tokenize_sources(
         parts=tuple(parts),
         counts=counts,
     )
+
+
+def _tokenize_source(
+    source: SourceRows, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+) -> tuple[list[TokenizedRow], Counts]:
+    """The sequences of one source, out of the cache where they are there, and what became of its rows."""
+    key = find_key(source.rows, tokenizer, settings)
+    cached = None if key is None else load_tokens(key)
+    if cached is not None:
+        return cached
+    making = RowTokenizer(tokenizer, settings)
+    kept = [one for row in source.rows for one in making.tokenize(row)]
+    if key is not None and kept:
+        save_tokens(key, kept, making.counts)
+    return kept, making.counts

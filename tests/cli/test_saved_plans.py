@@ -103,7 +103,7 @@ def test_a_plan_is_found_to_be_stale_where_the_dataset_has_longer_rows(fitune: C
     assert fitune("plan", "recipe.toml", "-o", "plan.json").code == 0
     planned = load_plan(saved).data.sequence_length
     assert planned < 64
-    write_rows(saved.with_name("rows.jsonl"), [{"prompt": "Which?", "completion": "cheese " * 60}])
+    write_rows(saved.with_name("rows.jsonl"), [{"prompt": "Which?", "completion": "cheese " * 40}])
     assert f"stale: the plan allows for rows of {planned} tokens, the dataset's longest has " in refuse(fitune, saved)
 
 

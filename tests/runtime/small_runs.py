@@ -33,11 +33,11 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_rows(path: Path, rows: int) -> Path:
+def write_rows(path: Path, rows: int, *, asks: str = "What is") -> Path:
     """Instruction rows of different lengths, which a small model learns within some steps."""
     lines = [
         {
-            "instruction": f"What is {CHEESES[number % len(CHEESES)]}?" + " Tell me." * (number % 4),
+            "instruction": f"{asks} {CHEESES[number % len(CHEESES)]}?" + " Tell me." * (number % 4),
             "output": f"A good cheese, my friend, {CHEESES[number % len(CHEESES)]} it is.",
         }
         for number in range(rows)
@@ -50,7 +50,7 @@ def write_recipe(folder: Path, model_id: Path | str, /, *, rows: int = 24, **tab
     """A recipe in `folder` with its data; the keywords are tables that are laid over TABLES, None removes a key."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "eval.jsonl", 5)
+    write_rows(folder / "eval.jsonl", 5, asks="And what is")
     lines = []
     for name, defaults in TABLES.items():
         table = defaults | ({"id": str(model_id)} if name == "model" else {}) | tables.get(name, {})

@@ -96,7 +96,7 @@ def test_the_report_says_what_was_done(llama: Path, tmp_path: Path) -> None:
     assert report.measured.peak_device_bytes == report.measured.peak_host_bytes
     weights = [one for one in (tmp_path / "run").rglob("*") if one.is_file() and one.name != "report.json"]
     assert report.measured.disk_bytes == pytest.approx(sum(one.stat().st_size for one in weights), rel=0.01)
-    assert report.sample is not None and report.sample.question == "What is feta?"
+    assert report.sample is not None and report.sample.question == "And what is feta?"
     assert report.recipe_sha256 == plan.recipe_sha256
 
 
