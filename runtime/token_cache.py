@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHED_CHARACTERS = 1_000_000
-"""Of a source that is worth a file: about a second's tokenising (0.9 million characters/s of short rows on one core)."""
+"""Of a source that is worth a file: about a second's tokenising (measured: 0.9 million characters/s on one core)."""
 MOST_BYTES = 20 * 2**30
 """Of all files: those that were not read for longest make room."""
 FORMAT = 1
