@@ -6,18 +6,20 @@ from collections.abc import Mapping
 
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
-from ..recipes.units import format_bytes
+from ..recipes.units import format_bytes, format_seconds
 from .candidates import list_methods, list_strategies
 from .catalog import list_gpus
 from .estimate import estimate_memory
 from .memory import Memory
 from .reasons import METHOD_NAMES
 from .shape import ModelShape
+from .speed import Speed
 from .strategy import DataFacts, Device, Method, Strategy
 from .versions import list_version_warnings
 
 SHORTEST_USEFUL_TOKENS = 64
 SAVING_KEYS = ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
+TIME_KEYS = ("max_hours", "price_per_hour")
 GPU_KEYS = ("activation_offload", "expandable_segments")
 ADAPTER_METHODS: tuple[Method, ...] = ("lora", "qlora")
 
@@ -58,8 +60,7 @@ def list_warnings(
         texts.append(f'model.attention = "{recipe.model.attention}": {shape.model_type} runs with eager attention only')
     if recipe.budget.gpus > 1:
         texts.append(f"budget.gpus = {recipe.budget.gpus}: this version trains on one card; the plan is for one")
-    if recipe.budget.max_hours is not None:
-        texts.append("budget.max_hours: the plan predicts no time yet; the run stops itself when the hours are over")
+    texts += _warn_of_time(recipe, device, data)
     longest = shape.max_positions
     if longest is not None and data.longest_row_tokens > longest:
         texts.append(
@@ -70,8 +71,27 @@ def list_warnings(
     return (*texts, *list_version_warnings(versions))
 
 
+def _warn_of_time(recipe: Recipe, device: Device, data: DataFacts) -> list[str]:
+    """What keys about time and money cannot be kept, and why."""
+    asked = [f"budget.{key}" for key in TIME_KEYS if getattr(recipe.budget, key) is not None]
+    if not asked:
+        return []
+    stops = "; the run stops itself when the hours are over" if recipe.budget.max_hours is not None else ""
+    if device.rates is None:
+        return [f"{' and '.join(asked)}: how fast {device.name} is is not known, so the plan has no time{stops}"]
+    if recipe.train.max_steps is None and data.rows is None:
+        return [f"{' and '.join(asked)}: without the rows the number of steps is not known{stops}"]
+    return []
+
+
 def list_advice(
-    recipe: Recipe, device: Device, shape: ModelShape, strategy: Strategy, memory: Memory, data: DataFacts
+    recipe: Recipe,
+    device: Device,
+    shape: ModelShape,
+    strategy: Strategy,
+    memory: Memory,
+    data: DataFacts,
+    speed: Speed | None,
 ) -> tuple[str, ...]:
     """Where nothing fits: by how much the closest candidate misses, and what would fit."""
     texts = []
@@ -87,6 +107,7 @@ def list_advice(
         texts += _advise_keys(recipe, device, shape, data.longest_row_tokens)
         texts += _advise_method(recipe, device, shape, data.longest_row_tokens)
         texts += _advise_device(device, strategy, memory.required_bytes)
+    texts += _advise_time(recipe, speed)
     host, disk = device.host_memory_bytes, device.disk_bytes
     if device.kind == "cuda" and host is not None and memory.host_bytes > host:
         texts.append(
@@ -98,6 +119,16 @@ def list_advice(
             "free some, or set output.dir to a larger one"
         )
     return tuple(texts)
+
+
+def _advise_time(recipe: Recipe, speed: Speed | None) -> list[str]:
+    """As many steps as budget.max_hours has room for."""
+    hours = recipe.budget.max_hours
+    if hours is None or speed is None or speed.total_seconds is None or speed.total_seconds <= 3600 * hours:
+        return []
+    takes = f"the closest candidate takes {format_seconds(speed.total_seconds)}"
+    steps = int((3600 * hours - speed.startup_seconds) / speed.step_seconds)
+    return [takes + (f": train.max_steps = {steps} would fit budget.max_hours" if steps >= 1 else "")]
 
 
 def _advise_keys(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> list[str]:

@@ -1,8 +1,4 @@
-"""The strategies that a recipe allows on a device, method by method, fastest first.
-
-Until there is a time model the order is the one of `estimate_relative_time`: a documented guess, not a measurement of
-the machine at hand.
-"""
+"""The strategies that a recipe allows on a device, method by method, and which of two equally fast ones is better."""
 
 from __future__ import annotations
 
@@ -31,9 +27,8 @@ AUTO_OPTIMIZERS: dict[str, tuple[Optimizer, ...]] = {
     "cpu": ("adamw", "adamw_8bit"),
 }
 """What auto tries. bitsandbytes' paged optimizers run unpaged on a CPU, so none is offered there."""
-LOSS_HEAD_TIME: dict[LossHead, float] = {"full": 1.0, "fused": 1.01, "chunked": 1.03}
-LAUNCH_BOUND_TOKENS = {"cuda": 2048, "cpu": 128}
-"""Tokens in a micro-batch below which the device waits for the host rather than computes."""
+LOSS_HEADS: tuple[LossHead, ...] = ("full", "fused", "chunked")
+"""In the order of preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,34 +171,13 @@ def _list_micro_batch_sizes(recipe: Recipe) -> tuple[int, ...]:
     return tuple(sorted({*small, *(whole // divisor for divisor in small)}))
 
 
-def estimate_relative_time(strategy: Strategy, device: Device, sequence_length: int, layers: int) -> float:
-    """Time of a token relative to the fastest strategy; 1.0 and up.
-
-    Checkpointing computes the forward twice: 4/3, or its share of the layers. The chunked head's smaller matrices and
-    recomputation: 1.03 (10,725 to 10,419 tokens/s measured on one H100); the fused head's smaller matrices: 1.01, a
-    guess. NF4 weights are dequantised in each pass: 1.05. Paged states cross the
-    bus: 1.02. Eager attention writes its scores out: 1.3. A micro-batch below LAUNCH_BOUND_TOKENS leaves the device
-    idle. Offload waits for PCIe: at 25 GB/s each way an H100 waits for a layer's activations some 6 times as long as
-    it computes, slower cards less, for its checkpoint alone a fifth as long: 4 and 1.2, guesses.
-    """
-    time = 1.0
-    time *= 1 + min(strategy.checkpointed_layers, layers) / layers / 3
-    time *= LOSS_HEAD_TIME[strategy.loss_head]
-    time *= 1.05 if strategy.method == "qlora" else 1.0
-    time *= 1.02 if strategy.optimizer.startswith("paged") else 1.0
-    time *= 1.3 if strategy.attention == "eager" else 1.0
-    if strategy.activation_offload and device.kind == "cuda":
-        time *= 1.2 if strategy.checkpointed_layers else 4.0
-    tokens = strategy.micro_batch_size * sequence_length
-    return time * max(1.0, LAUNCH_BOUND_TOKENS[device.kind] / tokens)
+def is_rounded(strategy: Strategy) -> bool:
+    """Whether full fine-tuning rounds its weights: those that are exact come first, however slow."""
+    return strategy.method == "full" and strategy.weights_dtype != "fp32"
 
 
-def order_key(strategy: Strategy, device: Device, sequence_length: int, layers: int) -> tuple[bool, float, int, int]:
-    """Sorts fastest first within a method: exact weights before rounded ones, then time, then the less lossy
-    optimizer, then the smaller micro-batch, which needs less memory and pads less."""
-    return (
-        strategy.method == "full" and strategy.weights_dtype != "fp32",
-        estimate_relative_time(strategy, device, sequence_length, layers),
-        OPTIMIZER_LOSSINESS[strategy.optimizer],
-        strategy.micro_batch_size,
-    )
+def preference(strategy: Strategy) -> tuple[int, int, int]:
+    """Between equally fast candidates: the less lossy optimizer, unpaged before paged, then the loss head that does
+    nothing in chunks, then the smaller micro-batch, which needs less memory and pads less."""
+    optimizer = 2 * OPTIMIZER_LOSSINESS[strategy.optimizer] + strategy.optimizer.startswith("paged")
+    return optimizer, LOSS_HEADS.index(strategy.loss_head), strategy.micro_batch_size

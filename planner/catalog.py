@@ -14,6 +14,7 @@ from pydantic import Field
 from ..recipes.errors import DeviceError
 from ..recipes.schema import BudgetTable
 from ..recipes.units import MiB
+from .rates import make_gpu_rates
 from .strategy import Device, Value
 
 DRIVER_SHARE = 0.02
@@ -52,7 +53,10 @@ class CatalogGpu(Value):
     bf16:                      whether it computes in bf16 in hardware (capability 8.0 and up)
     tensor_tflops:             dense 16-bit matrix rate with fp32 sums, in 10**12 operations a second: bf16, or fp16
                                where there is no bf16
+    fp32_tflops:               rate of fp32 without tensor cores, in 10**12 operations a second; None where not known
     bandwidth_gb_per_second:   of its memory, in 10**9 bytes a second
+    host_gb_per_second:        nominal rate of PCIe (or NVLink-C2C) each way, in 10**9 bytes a second; None as above
+    board_watts:               power limit of the board; None where it is not known or shared
     source:                    the vendor's document that says so
     """
 
@@ -63,7 +67,10 @@ class CatalogGpu(Value):
     compute_capability: str = Field(pattern=r"^\d+\.\d$")
     bf16: bool
     tensor_tflops: float = Field(gt=0)
+    fp32_tflops: float | None = Field(gt=0)
     bandwidth_gb_per_second: float = Field(gt=0)
+    host_gb_per_second: float | None = Field(gt=0)
+    board_watts: float | None = Field(gt=0)
     source: str
 
     @property
@@ -120,6 +127,7 @@ def make_catalog_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
         host_memory_bytes=budget.host_memory_bytes,
         disk_bytes=budget.disk_bytes,
         budget_source="memory of the card" if budget.memory is None else "budget.memory",
+        rates=make_gpu_rates(gpu),
     )
 
 

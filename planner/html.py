@@ -10,7 +10,14 @@ from string import Template
 from .html_chart import make_chart_data, render_chart
 from .memory import Memory
 from .plan import Plan, Rejected
-from .render import closest_of_each_kind, describe_candidate, describe_facts, describe_verdict, list_figures
+from .render import (
+    closest_of_each_kind,
+    describe_candidate,
+    describe_facts,
+    describe_need,
+    describe_verdict,
+    list_figures,
+)
 from .render_timeline import COMPONENT_WORDS
 
 GiB = 2**30
@@ -107,13 +114,9 @@ def _render_rejected(rejected: Sequence[Rejected]) -> str:
     if not rejected:
         return ""
     closest = [
-        (escape(kind), _gib(one.needed_bytes), _gib(one.budget_bytes), escape(one.reason))
-        for kind, one in closest_of_each_kind(rejected).items()
+        (escape(kind), *describe_need(one), escape(one.reason)) for kind, one in closest_of_each_kind(rejected).items()
     ]
-    every = [
-        (escape(describe_candidate(one.strategy)), _gib(one.needed_bytes), _gib(one.budget_bytes), escape(one.reason))
-        for one in rejected
-    ]
+    every = [(escape(describe_candidate(one.strategy)), *describe_need(one), escape(one.reason)) for one in rejected]
     heads = ("", "GiB", "of", "why")
     content = _render_table(heads, closest, numbers=(1, 2))
     if len(every) > len(closest):

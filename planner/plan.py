@@ -16,15 +16,19 @@ from ..recipes.schema import Recipe
 from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
-from .candidates import order_key
+from .clock import Clock, Timer, make_closed_form_clock
 from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
 from .memory import Estimator, Memory
-from .reasons import describe_rejection, find_largest_term
-from .search import Candidate, Found, Measure, Rank, find_alike, list_budgets, search, walk_methods
+from .reasons import describe_lateness, describe_rejection, find_largest_term
+from .search import Candidate, Found, Measure, find_alike, list_budgets, search, walk_methods
 from .shape import ModelShape
+from .speed import Speed
 from .strategy import DataFacts, Device, Strategy, Value
+
+STORED_BYTES = 2
+"""Of a parameter in a checkpoint on a hub, where its files are not here to be measured."""
 
 
 class Parameters(Value):
@@ -42,15 +46,18 @@ class Rejected(Value):
     """A candidate that does not fit.
 
     strategy:     the candidate
-    needed_bytes: what it needs of the budget that it breaks, margin included
+    needed_bytes: what it needs of the memory that it breaks, margin included; of the device where it is too slow
     budget_bytes: that budget
-    component:    the term that broke it: a component of memory, or host or disk
+    needed_seconds, budget_seconds: of the whole run and of `budget.max_hours`, where it is too slow
+    component:    the term that broke it: a component of memory, or host, disk or time
     reason:       the same for people
     """
 
     strategy: Strategy
     needed_bytes: int
     budget_bytes: int
+    needed_seconds: float | None = None
+    budget_seconds: float | None = None
     component: str
     reason: str
 
@@ -91,9 +98,10 @@ class Plan(Value):
     recipe:          path as given
     overrides:       what the command line set over the recipe
     resolved_recipe: with defaults filled in; recipe_sha256 is the digest of its canonical JSON
-    fits:            whether required_bytes and the budgets of RAM and disk are kept
+    fits:            whether required_bytes and the budgets of RAM, disk and hours are kept
     warnings, advice: for people
     strategy:        how to train; where nothing fits, the candidate that comes closest
+    speed:           how fast it goes; None where the device's rates are not known
     estimator:       what memory comes from: a rehearsal of the step, or closed_forms
     rejected:        every candidate that was preferred to the chosen one and does not fit
     versions:        of the libraries it was made with
@@ -113,6 +121,7 @@ class Plan(Value):
     strategy: Strategy
     parameters: Parameters
     memory: Memory
+    speed: Speed | None
     estimator: Estimator = "closed_forms"
     rejected: tuple[Rejected, ...]
     versions: dict[str, str]
@@ -150,9 +159,12 @@ class PlanInputs:
     like: Strategy | None = None
 
 
-def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reasons: bool = True) -> Plan:
+def make_plan(
+    inputs: PlanInputs, measure: Measure | None = None, clock: Clock | None = None, *, with_reasons: bool = True
+) -> Plan:
     """The fastest plan of the first preferred method that fits; where none fits, the candidate that comes closest.
 
+    measure, clock: memory and step time from a rehearsal of the step; None for closed forms
     with_reasons: whether `rejected` and `advice` are made too, which takes longer than the choice itself
 
     Raises PlanError for a recipe that no strategy can follow, such as fp16 weights on a CPU.
@@ -162,16 +174,20 @@ def make_plan(inputs: PlanInputs, measure: Measure | None = None, *, with_reason
     length = inputs.data.longest_row_tokens
     quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
     exact = None if measure is None else _complete(measure, inputs)
-
-    def rank(strategy: Strategy) -> Rank:
-        return order_key(strategy, device, length, shape.layers)
-
+    timer = Timer(
+        recipe,
+        device,
+        quick=make_closed_form_clock(shape, device, length),
+        exact=clock,
+        steps=count_planned_steps(recipe, inputs.data.rows),
+        weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
+    )
     if inputs.like is None:
         methods = walk_methods(recipe, device, shape)
     else:
         methods = iter([find_alike(recipe, device, shape, like=inputs.like)])
-    found = search(methods, device, rank=rank, quick=quick, exact=exact)
-    return _write_plan(inputs, found, with_reasons=with_reasons)
+    found = search(methods, device, timer=timer, quick=quick, exact=exact)
+    return _write_plan(inputs, found, timer, with_reasons=with_reasons)
 
 
 def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length: int, *, merge: bool) -> Measure:
@@ -234,13 +250,14 @@ def _check_length(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan:
+def _write_plan(inputs: PlanInputs, found: Found, timer: Timer, *, with_reasons: bool) -> Plan:
     recipe_file, shape, strategy = inputs.recipe_file, inputs.shape, found.closest.strategy
     recipe, data, memory = recipe_file.recipe, inputs.data, found.closest.memory
-    losers = tuple(_reject(one, inputs) for one in found.rejected) if with_reasons else ()
+    losers = tuple(_reject(one, inputs, timer) for one in found.rejected) if with_reasons else ()
+    speed = timer.make_speed(strategy, found.closest.time)
     advice: tuple[str, ...] = ()
-    if with_reasons and not found.fits:
-        advice = list_advice(recipe, inputs.device, shape, strategy, memory, data)
+    if with_reasons and not found.closest.fits:
+        advice = list_advice(recipe, inputs.device, shape, strategy, memory, data, speed)
     warnings = list_warnings(recipe, inputs.device, strategy, data, shape, versions=inputs.versions)
     warnings = (*warnings, *_describe_checkpoints(recipe, memory), *_describe_closed_forms(found, shape, inputs.device))
     return Plan(
@@ -248,7 +265,7 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
         overrides=inputs.overrides,
         resolved_recipe=recipe_file.resolved,
         recipe_sha256=recipe_file.sha256,
-        fits=found.fits,
+        fits=found.closest.fits,
         warnings=warnings,
         advice=advice,
         device=inputs.device,
@@ -267,6 +284,7 @@ def _write_plan(inputs: PlanInputs, found: Found, *, with_reasons: bool) -> Plan
         strategy=strategy,
         parameters=Parameters(total=shape.parameters, trainable=count_trainable(shape, strategy)),
         memory=memory,
+        speed=speed,
         estimator=memory.estimator,
         rejected=losers,
         versions=dict(inputs.versions),
@@ -304,10 +322,26 @@ def count_planned_steps(recipe: Recipe, rows: int | None) -> int | None:
     return None if rows is None else recipe.train.epochs * ceil(rows / recipe.train.global_batch_size)
 
 
-def _reject(candidate: Candidate, inputs: PlanInputs) -> Rejected:
+def _reject(candidate: Candidate, inputs: PlanInputs, timer: Timer) -> Rejected:
     budgets = list_budgets(candidate.memory, inputs.device)
     broken = max(budgets, key=lambda name: budgets[name][0] - budgets[name][1])
     needed, budget = budgets[broken]
+    if candidate.shortfall_bytes <= 0:
+        return Rejected(
+            strategy=candidate.strategy,
+            needed_bytes=candidate.memory.required_bytes,
+            budget_bytes=candidate.memory.budget_bytes,
+            needed_seconds=candidate.seconds,
+            budget_seconds=timer.limit_seconds,
+            component="time",
+            reason=describe_lateness(
+                candidate.seconds,
+                timer.limit_seconds or 0.0,
+                step_seconds=candidate.time.seconds,
+                startup_seconds=timer.estimate_startup_seconds(candidate.strategy),
+                steps=timer.steps or 0,
+            ),
+        )
     component = broken
     if broken == "device":
         component = find_largest_term(candidate.strategy, candidate.memory, inputs.shape)

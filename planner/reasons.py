@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..recipes.units import format_bytes, format_count
+from ..recipes.units import format_bytes, format_count, format_seconds
 from .arithmetic import count_trainable, estimate_optimizer_bytes
 from .memory import Memory
 from .shape import ModelShape
+from .speed import Speed
 from .strategy import Strategy
 
 OPTIMIZER_NAMES = {
@@ -63,6 +64,37 @@ def describe_rejection(
         beside = f"the process beside the device{offloaded}"
         return f"{head}: " + (beside if broken == "host" else "the files that it writes")
     return f"{head}: {describe_component(strategy, memory, shape, component, sequence_length)}"
+
+
+def describe_lateness(
+    needed_seconds: float, budget_seconds: float, *, step_seconds: float, startup_seconds: float, steps: int
+) -> str:
+    """Such as `takes 31:12 h, 12:00 h in budget.max_hours: 36,000 steps of 3.1 s`."""
+    startup = f" and {format_seconds(startup_seconds)} to start" if startup_seconds > 0.1 * needed_seconds else ""
+    return (
+        f"takes {format_seconds(needed_seconds)}, {format_seconds(budget_seconds)} in budget.max_hours: "
+        f"{steps:,} steps of {format_seconds(step_seconds)}{startup}"
+    )
+
+
+def describe_speed(speed: Speed) -> str:
+    """Such as `14,347 tokens/s, 0.57 s a step, 31:20 min in all; MFU 52 %`."""
+    parts = [f"{speed.tokens_per_second:,.0f} tokens/s", f"{format_seconds(speed.step_seconds)} a step"]
+    if speed.total_seconds is not None:
+        parts.append(f"{format_seconds(speed.total_seconds)} in all")
+    return f"{', '.join(parts)}; MFU {speed.model_flops_utilization:.0%}, limited by the {speed.limit}"
+
+
+def describe_energy(speed: Speed) -> str | None:
+    """Such as `48 J for 1,000 tokens, 0.35 kWh, cost 4.20`; None where nothing of it is known."""
+    parts = []
+    if speed.joules_per_1000_tokens is not None:
+        parts.append(f"{speed.joules_per_1000_tokens:.3g} J for 1,000 tokens")
+    if speed.energy_kwh is not None:
+        parts.append(f"{speed.energy_kwh:.2g} kWh")
+    if speed.cost is not None:
+        parts.append(f"cost {speed.cost:,.2f}")
+    return ", ".join(parts) or None
 
 
 def describe_component(

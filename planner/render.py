@@ -10,10 +10,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..recipes.units import format_bytes, format_count
+from ..recipes.units import format_bytes, format_count, format_seconds
 from .memory import Memory
 from .plan import Plan, Rejected
-from .reasons import METHOD_NAMES, OPTIMIZER_NAMES
+from .reasons import METHOD_NAMES, OPTIMIZER_NAMES, describe_energy, describe_speed
 from .render_timeline import COMPONENT_COLORS, COMPONENT_WORDS, render_timeline
 from .strategy import Device, Strategy
 
@@ -67,7 +67,16 @@ def describe_facts(plan: Plan) -> list[tuple[str, str]]:
         ("memory", _describe_savings(plan)),
         ("optimizer", f"{OPTIMIZER_NAMES[strategy.optimizer]}, learning rate {strategy.learning_rate:g}"),
         ("data", f"{data}{steps}"),
+        *describe_pace(plan),
     ]
+
+
+def describe_pace(plan: Plan) -> list[tuple[str, str]]:
+    """How fast it goes, and what energy and money it takes, where that is known."""
+    if plan.speed is None:
+        return []
+    energy = describe_energy(plan.speed)
+    return [("speed", describe_speed(plan.speed)), *([] if energy is None else [("energy", energy)])]
 
 
 def _describe_device(device: Device) -> str:
@@ -186,7 +195,7 @@ def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:
     table.add_column("largest term", overflow="fold")
     for kind, one in closest.items():
         term = one.reason.partition(": ")[2]
-        table.add_row(kind, _gib(one.needed_bytes), _gib(one.budget_bytes), Text(term))
+        table.add_row(kind, *describe_need(one), Text(term))
     return Group(table, Text())
 
 
@@ -200,6 +209,13 @@ def closest_of_each_kind(rejected: Sequence[Rejected]) -> dict[str, Rejected]:
         ):
             closest[kind] = one
     return closest
+
+
+def describe_need(one: Rejected) -> tuple[str, str]:
+    """What a rejected candidate needs and what there is: GiB, or time where that is what it lacks."""
+    if one.needed_seconds is not None and one.budget_seconds is not None:
+        return format_seconds(one.needed_seconds), format_seconds(one.budget_seconds)
+    return _gib(one.needed_bytes), _gib(one.budget_bytes)
 
 
 def _describe_kind(strategy: Strategy) -> str:
@@ -218,9 +234,11 @@ def describe_verdict(plan: Plan) -> tuple[str, str]:
     """(whether it fits, by how much)."""
     memory = plan.memory
     needs = f"{_gib(memory.required_bytes)} of {_gib(memory.budget_bytes)} GiB"
+    total = None if plan.speed is None else plan.speed.total_seconds
+    takes = "" if total is None else f", {format_seconds(total)}"
     if plan.fits:
-        return "fits", f"{needs}, {_gib(memory.budget_bytes - memory.required_bytes)} GiB to spare"
-    return "nothing fits", f"the closest candidate needs {needs}"
+        return "fits", f"{needs}, {_gib(memory.budget_bytes - memory.required_bytes)} GiB to spare{takes}"
+    return "nothing fits", f"the closest candidate needs {needs}{takes}"
 
 
 def _render_verdict(plan: Plan) -> Text:

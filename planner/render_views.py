@@ -9,14 +9,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..recipes.units import format_bytes, format_count
+from ..recipes.units import format_bytes, format_count, format_seconds
 from .reasons import OPTIMIZER_NAMES
 from .render import METHOD_WORDS
 from .strategy import Strategy
 from .views import Axis, Card, Cell, FailedCell, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
 
 ESTIMATOR_WORDS = {"closed_forms": "closed forms", "rehearsal": "a rehearsal of the step"}
-LIMIT_WORDS = {"host": "RAM", "disk": "disk"}
+LIMIT_WORDS = {"host": "RAM", "disk": "disk", "time": "time"}
 
 
 def render_cards(
@@ -40,7 +40,9 @@ def render_cards(
 
 def _render_cards(cards: Sequence[Card]) -> Table:
     """A line a card; where nothing fits, the candidate that comes closest."""
-    table = _make_table("card", "to use", "method", "checkpointed", "rows", "optimizer", "needs", "to spare")
+    table = _make_table(
+        "card", "to use", "method", "checkpointed", "rows", "optimizer", "needs", "to spare", "tokens/s"
+    )
     for card in cards:
         strategy = card.strategy
         table.add_row(
@@ -52,6 +54,7 @@ def _render_cards(cards: Sequence[Card]) -> Table:
             OPTIMIZER_NAMES[strategy.optimizer],
             _gib(card.required_bytes),
             _render_headroom(card),
+            "" if card.tokens_per_second is None else f"{card.tokens_per_second:,.0f}",
         )
     return table
 
@@ -121,7 +124,11 @@ def _describe_largest(largest: LargestModel | None) -> Iterator[RenderableType]:
 
 
 def _describe_outcome(outcome: Outcome) -> tuple[RenderableType, ...]:
-    return describe_briefly(outcome.strategy), _gib(outcome.required_bytes), _render_headroom(outcome)
+    return (
+        describe_briefly(outcome.strategy) + _describe_pace(outcome),
+        _gib(outcome.required_bytes),
+        _render_headroom(outcome),
+    )
 
 
 def _render_cell(cell: Cell | FailedCell) -> Text:
@@ -130,7 +137,13 @@ def _render_cell(cell: Cell | FailedCell) -> Text:
     verdict = ("fits", "green") if cell.fits else ("too much", "red")
     limit = "" if cell.limit == "device" else f", {LIMIT_WORDS.get(cell.limit, cell.limit)} missing"
     needs = f" {_gib(cell.required_bytes)} of {_gib(cell.budget_bytes)} GiB{limit}\n"
-    return Text.assemble(verdict, needs, (describe_briefly(cell.strategy), "bright_black"))
+    return Text.assemble(verdict, needs, (describe_briefly(cell.strategy) + _describe_pace(cell), "bright_black"))
+
+
+def _describe_pace(outcome: Outcome) -> str:
+    """Such as `, 7,415 tokens/s, 2:15 h`, as far as it is known."""
+    pace = "" if outcome.tokens_per_second is None else f", {outcome.tokens_per_second:,.0f} tokens/s"
+    return pace + ("" if outcome.total_seconds is None else f", {format_seconds(outcome.total_seconds)}")
 
 
 def _render_headroom(outcome: Outcome) -> Text:
@@ -144,7 +157,7 @@ def _make_table(*heads: str, title: str | None = None, columns: Sequence[str] = 
     """GiB to the right; names and words fold."""
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for head in (*heads, *columns):
-        is_size = head in ("to use", "needs", "to spare")
+        is_size = head in ("to use", "needs", "to spare", "tokens/s")
         table.add_column(Text(head), justify="right" if is_size else "left", no_wrap=is_size, overflow="fold")
     return table
 

@@ -3,18 +3,28 @@ measure, a rehearsal of the step, for all others and for the one that is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from math import log
 from typing import Protocol
 
 from ..recipes.errors import PlanError, TraceError
 from ..recipes.schema import Recipe
-from .candidates import list_methods, list_strategies
+from .candidates import is_rounded, list_methods, list_strategies, preference
+from .clock import Timer
 from .memory import Memory
 from .shape import ModelShape
+from .speed import StepTime
 from .strategy import Device, Strategy
 
+TIE_SHARE = 0.02
+"""Candidates whose times differ by less are equally fast."""
+NEAR_SHARE = 0.08
+"""By so much a candidate may be slower by the closed forms than the first one that fits and still be measured beside
+it: they are within this of the rehearsal for most of the measured steps."""
+MOST_CONFIRMED = 4
+"""Candidates that are measured beside the first one that fits."""
 UNSURE_SHARE = 0.2
 """By so much a closed form may be too high: a candidate further above the budget is rejected without a rehearsal."""
 
@@ -31,7 +41,7 @@ MAY_DIFFER = {
     "expandable_segments",
 }
 """Fields of a strategy that change memory and speed, and the result by rounding alone."""
-Rank = tuple[bool, float, int, int]
+Rank = tuple[bool, int, int, int, int]
 """Of two strategies the one with the lower rank is preferred."""
 
 
@@ -46,12 +56,23 @@ class Measure(Protocol):
 class Candidate:
     """A strategy and what it needs.
 
-    shortfall_bytes: by how much the worst of the budgets is missed; 0 or less where it fits
+    shortfall_bytes: by how much the worst of the budgets of memory is missed; 0 or less where it fits
+    time:            of one step
+    seconds:         of the whole run, or of one of a thousand steps where its length is not known
+    late_seconds:    by how much it misses `budget.max_hours`; 0 or less where it is kept or does not bind
     """
 
     strategy: Strategy
     memory: Memory
     shortfall_bytes: int
+    time: StepTime
+    seconds: float
+    late_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether all budgets are kept."""
+        return self.shortfall_bytes <= 0 and self.late_seconds <= 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +80,11 @@ class Found:
     """What a search came to.
 
     closest:  the chosen candidate; where none fits, the one that misses by the least
-    fits:     whether it fits
     rejected: those that were preferred to it
     failure:  why the model could not be rehearsed, None where it could
     """
 
     closest: Candidate
-    fits: bool
     rejected: tuple[Candidate, ...]
     failure: str | None
 
@@ -151,59 +170,91 @@ def make_families(strategies: Iterable[Strategy]) -> list[Family]:
 
 
 def search(
-    methods: Iterable[Sequence[Family]],
-    device: Device,
-    *,
-    rank: Callable[[Strategy], Rank],
-    quick: Measure,
-    exact: Measure | None,
+    methods: Iterable[Sequence[Family]], device: Device, *, timer: Timer, quick: Measure, exact: Measure | None
 ) -> Found:
-    """The first strategy that fits, method by method and by rank, else the one that misses by the least.
+    """The fastest strategy that fits of the first method in which one fits, else the one that misses by the least.
 
-    rank:  orders strategies, preferred ones first; it grows with the checkpointed layers
     quick: closed forms
     exact: a rehearsal; None to decide on closed forms alone
     """
-    walk = _Walk(device, _Judge(device, quick, exact), rank)
+    walk = _Walk(device, _Judge(device, quick, exact), timer)
     for families in methods:
         chosen = walk.find(families)
         if chosen is not None:
-            return Found(closest=chosen, fits=True, rejected=tuple(walk.rejected), failure=walk.judge.failure)
-    nearest = min(walk.rejected, key=lambda one: (one.shortfall_bytes, one.memory.required_bytes))
+            return Found(closest=chosen, rejected=tuple(walk.rejected), failure=walk.judge.failure)
+    nearest = min(walk.rejected, key=_miss)
     closest = walk.make(nearest.strategy, walk.judge.measure_exactly(nearest.strategy))
-    fits = closest.shortfall_bytes <= 0
-    return Found(closest=closest, fits=fits, rejected=tuple(walk.rejected), failure=walk.judge.failure)
+    return Found(closest=closest, rejected=tuple(walk.rejected), failure=walk.judge.failure)
+
+
+def _miss(candidate: Candidate) -> tuple[int, float, int]:
+    """What a candidate misses, memory before time; of those that miss as much the one that needs least."""
+    return max(candidate.shortfall_bytes, 0), max(candidate.late_seconds, 0.0), candidate.memory.required_bytes
 
 
 class _Walk:
     """Walks the families of a method by the rank of each one's next strategy, most preferred first.
 
     A family begins with the fewest checkpointed layers. Where those do not fit, it goes on with the fewest that
-    probably do; so the first strategy that fits is the best of all, but for what its family can still be relieved of.
+    probably do; so the first strategy that fits is the best of all, but for what its family can still be relieved of,
+    and for what a rehearsal tells of those that closed forms take for nearly as fast.
     """
 
-    def __init__(self, device: Device, judge: _Judge, rank: Callable[[Strategy], Rank]) -> None:
-        self.device, self.judge, self.rank = device, judge, rank
+    def __init__(self, device: Device, judge: _Judge, timer: Timer) -> None:
+        self.device, self.judge, self.timer = device, judge, timer
         self.rejected: list[Candidate] = []
 
+    def rank(self, strategy: Strategy) -> Rank:
+        """Exact weights before rounded ones, then the time by closed forms, then `preference`. Times TIE_SHARE apart
+        have different numbers, closer ones mostly the same; it grows with the checkpointed layers."""
+        bucket = round(log(self.timer.estimate_seconds(strategy)) / log(1 + TIE_SHARE))
+        return is_rounded(strategy), bucket, *preference(strategy)
+
     def make(self, strategy: Strategy, memory: Memory) -> Candidate:
-        return Candidate(strategy=strategy, memory=memory, shortfall_bytes=count_shortfall(memory, self.device))
+        """The strategy timed as exactly as its memory was measured."""
+        is_rehearsed = memory.estimator == "rehearsal"
+        time = self.timer.rehearse(strategy) if is_rehearsed else self.timer.estimate(strategy)
+        return Candidate(
+            strategy=strategy,
+            memory=memory,
+            shortfall_bytes=count_shortfall(memory, self.device),
+            time=time,
+            seconds=self.timer.rank_seconds(strategy, time),
+            late_seconds=self.timer.find_late_seconds(strategy, time),
+        )
+
+    def measure(self, strategy: Strategy) -> Candidate:
+        """A candidate; by closed forms where those take it for too late by far."""
+        if self.timer.is_hopeless(strategy):
+            return self.make(strategy, self.judge.estimate(strategy))
+        return self.make(strategy, self.judge.measure(strategy))
 
     def find(self, families: Sequence[Family]) -> Candidate | None:
         """The best candidate that fits, None where none does."""
         waiting = [(self.rank(family.fewest), number, family.fewest) for number, family in enumerate(families)]
         heapify(waiting)
+        fitting: list[Candidate] = []
+        confirmed = 0
         while waiting:
             _, number, strategy = heappop(waiting)
-            family = families[number]
-            candidate = self.make(strategy, self.judge.measure(strategy))
-            if candidate.shortfall_bytes <= 0:
-                return self._relieve(candidate, family)
-            self.rejected.append(candidate)
-            if strategy.checkpointed_layers < family.most:
+            if fitting and (confirmed == MOST_CONFIRMED or not self._is_near(strategy, fitting[0])):
+                break
+            family, candidate = families[number], self.measure(strategy)
+            confirmed += bool(fitting)
+            if candidate.fits:
+                fitting.append(self._relieve(candidate, family))
+                continue
+            if not fitting:
+                self.rejected.append(candidate)
+            if candidate.shortfall_bytes > 0 and strategy.checkpointed_layers < family.most:
                 following = family.with_layers(self._find_fewest(family, strategy.checkpointed_layers + 1, family.most))
                 heappush(waiting, (self.rank(following), number, following))
-        return None
+        return _choose(fitting)
+
+    def _is_near(self, strategy: Strategy, first: Candidate) -> bool:
+        """Whether closed forms take a strategy for nearly as fast as the first one that fits."""
+        limit = (1 + NEAR_SHARE) * self.timer.estimate_seconds(first.strategy)
+        return is_rounded(strategy) == is_rounded(first.strategy) and self.timer.estimate_seconds(strategy) <= limit
 
     def _find_fewest(self, family: Family, low: int, high: int) -> int:
         """The fewest layers from low to high that probably fit; high, where none do."""
@@ -228,13 +279,20 @@ class _Walk:
             if guess == high:
                 break
             strategy = family.with_layers(guess)
-            fewer = self.make(strategy, self.judge.measure(strategy))
-            if fewer.shortfall_bytes <= 0:
+            fewer = self.measure(strategy)
+            if fewer.fits:
                 candidate, high = fewer, guess
             else:
                 self.rejected.append(fewer)
                 low = guess
         return candidate
+
+
+def _choose(fitting: Sequence[Candidate]) -> Candidate | None:
+    """The fastest; of equally fast ones the preferred."""
+    fastest = min((one.seconds for one in fitting), default=0.0)
+    ties = [one for one in fitting if one.seconds <= fastest * (1 + TIE_SHARE)]
+    return min(ties, key=lambda one: preference(one.strategy), default=None)
 
 
 class _Judge:
@@ -248,7 +306,12 @@ class _Judge:
         self._factors: dict[tuple[object, ...], dict[int, float]] = {}
         self.failure: str | None = None
 
+    def estimate(self, strategy: Strategy) -> Memory:
+        """Closed forms."""
+        return self._quick(strategy)
+
     def measure(self, strategy: Strategy) -> Memory:
+        """Closed forms for what cannot fit in any case, a rehearsal for all else."""
         memory = self._quick(strategy)
         if self._exact is None:
             return memory

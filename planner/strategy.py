@@ -31,6 +31,35 @@ class DeviceConstant(Value):
     source: str
 
 
+class Rates(Value):
+    """How fast a device works: what step times are made of. A card's come from the catalog, a CPU's from a probe.
+
+    peak_flops:       dense 16-bit matrix rate by the data sheet, operations a second; of a CPU the highest measured one
+    half_flops:       of which large 16-bit products reach so much, operations a second
+    full_flops:       the same of fp32 products, None where it is not known
+    memory_bytes:     what operations reach that only move bytes, bytes a second
+    host_bytes:       between the card and its host, each way, bytes a second; None for a CPU
+    operation_seconds: time the host takes to start an operation
+    kernel_seconds:   time of the shortest operation on the device
+    overlaps:         whether the host runs ahead of the device, as with a GPU
+    attention:        the kernels of fused attention
+    board_watts:      power limit of the board, None where it is not known
+    source:           a phrase for people: where this comes from
+    """
+
+    peak_flops: float = Field(gt=0)
+    half_flops: float = Field(gt=0)
+    full_flops: float | None = Field(default=None, gt=0)
+    memory_bytes: float = Field(gt=0)
+    host_bytes: float | None = Field(default=None, gt=0)
+    operation_seconds: float = Field(ge=0)
+    kernel_seconds: float = Field(ge=0)
+    overlaps: bool = True
+    attention: Literal["cudnn", "flash", "efficient", "cpu"]
+    board_watts: float | None = Field(default=None, gt=0)
+    source: str
+
+
 class Device(Value):
     """What a plan is made for; probed by the runtime or read from the GPU catalog.
 
@@ -45,6 +74,7 @@ class Device(Value):
     budget_source:   a phrase for people: where budget_bytes comes from
     driver:          NVIDIA driver version, None without one or for a card of the catalog
     beside:          what `fitune calibrate` learnt of it, None where the closed form's constant holds
+    rates:           how fast it works, None where that is not known: then no time is predicted
     """
 
     name: str
@@ -58,6 +88,7 @@ class Device(Value):
     budget_source: str = ""
     driver: str | None = None
     beside: DeviceConstant | None = None
+    rates: Rates | None = None
 
 
 class DataFacts(Value):

@@ -37,8 +37,10 @@ class Outcome(Value):
     strategy:       how to train; where nothing fits, the candidate that comes closest
     required_bytes: of the device, margin included
     budget_bytes:   of the device
-    limit:          device, or host or disk where that is what does not fit
-    headroom_bytes: what is left of the limit's budget; below 0 what is missing
+    limit:          device, or host, disk or time where that is what does not fit
+    headroom_bytes: what is left of the limit's budget, of the device's where that is time; below 0 what is missing
+    tokens_per_second: None where the device's rates are not known
+    total_seconds:  of the whole run, None where that is not known
     estimator:      what the figures come from
     """
 
@@ -48,6 +50,8 @@ class Outcome(Value):
     budget_bytes: int = Field(gt=0)
     limit: str
     headroom_bytes: int
+    tokens_per_second: float | None
+    total_seconds: float | None
     estimator: str
 
 
@@ -260,7 +264,7 @@ def find_largest_model(inputs: PlanInputs) -> LargestModel | None:
         if _estimate_least_weight_bytes(shape) > inputs.device.budget_bytes:
             continue
         try:
-            plan = make_plan(replace(inputs, shape=shape), with_reasons=False)
+            plan = make_plan(replace(inputs, shape=shape, stored_bytes=None), with_reasons=False)
         except FituneError:  # it has no such target, or no such attention
             continue
         if plan.fits:
@@ -292,13 +296,16 @@ def _sum_up(plan: Plan) -> dict[str, Any]:
     """An Outcome's values."""
     budgets = list_budgets(plan.memory, plan.device)
     left = {name: budget - needed for name, (needed, budget) in budgets.items()}
-    limit = "device" if plan.fits else min(left, key=lambda name: left[name])
+    worst = min(left, key=lambda name: left[name])
+    limit = "device" if plan.fits else worst if left[worst] < 0 else "time"
     return {
         "fits": plan.fits,
         "strategy": plan.strategy,
         "required_bytes": plan.memory.required_bytes,
         "budget_bytes": plan.memory.budget_bytes,
         "limit": limit,
-        "headroom_bytes": left[limit],
+        "headroom_bytes": left["device" if limit == "time" else limit],
+        "tokens_per_second": None if plan.speed is None else plan.speed.tokens_per_second,
+        "total_seconds": None if plan.speed is None else plan.speed.total_seconds,
         "estimator": plan.estimator,
     }

@@ -173,7 +173,10 @@ class BudgetTable(Table):
     disk: Size | None = None
     """Disk space for the run such as "100GB"; unset: what is free."""
     max_hours: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Longest run in hours, above 0; unset: no limit."""
+    """Longest run in hours, above 0; unset: no limit. A plan that takes longer is rejected, and the run stops
+    itself."""
+    price_per_hour: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Price of an hour of the device, in a currency of your choice, 0 or more: the plan then shows the run's cost."""
 
     @property
     def memory_bytes(self) -> int | None:

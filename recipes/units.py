@@ -79,3 +79,15 @@ def format_count(n: int) -> str:
         if tenths < 10_000 or unit == "T":
             break
     return f"{sign}{tenths // 10}.{tenths % 10}{unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.42 s`, `42 s`, `3:07 min` or `2:15 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600:,}:{whole % 3600 // 60:02d} h"

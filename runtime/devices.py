@@ -9,7 +9,8 @@ from typing import Literal
 import psutil
 
 from ..planner.catalog import find_gpu, make_catalog_device
-from ..planner.strategy import Device, DeviceConstant
+from ..planner.rates import make_gpu_rates
+from ..planner.strategy import Device, DeviceConstant, Rates
 from ..recipes.errors import DeviceError
 from ..recipes.schema import BudgetTable
 from ..recipes.units import format_bytes
@@ -152,6 +153,7 @@ def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
         gpus=budget.gpus,
         budget_source="free memory of the card" if budget.memory is None else "budget.memory",
         driver=here.driver,
+        rates=_find_rates(gpus[0].name),
     )
 
 
@@ -184,6 +186,14 @@ def _find_constant(device: Device, here: Gpus) -> DeviceConstant | None:
         return None
     stack = Stack.of(names[0], None if device.kind == "cpu" else here.driver, find_versions())
     return load_calibration().find_constant(stack)
+
+
+def _find_rates(name: str) -> Rates | None:
+    """The catalog's rates of a card that NVML names; None where it does not have it."""
+    try:
+        return make_gpu_rates(find_gpu(name))
+    except DeviceError:
+        return None
 
 
 def _find_catalog_name(name: str) -> str | None:

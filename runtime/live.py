@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..recipes.units import GiB
+from ..recipes.units import GiB, format_seconds
 
 LINES_WITHOUT_TERMINAL = 10
 """Lines of a run where there is no terminal to redraw."""
@@ -50,13 +50,3 @@ class LiveLine:
         """Such as `memory 1.2 now, 1.3 predicted, 1.5 GiB budget`."""
         now, predicted, budget = (size / GiB for size in (now_bytes, self._predicted_bytes, self._budget_bytes))
         return f"memory {now:.1f} now, {predicted:.1f} predicted, {budget:.1f} GiB budget"
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3:07 min` or `2:15 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

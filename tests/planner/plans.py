@@ -8,6 +8,7 @@ from typing import Any
 
 from fitune.planner.catalog import find_gpu, find_model
 from fitune.planner.plan import Plan, PlanInputs, make_plan
+from fitune.planner.rates import make_gpu_rates
 from fitune.planner.shape import ModelShape, make_shape
 from fitune.planner.strategy import DataFacts, Device, Strategy
 from fitune.recipes.load import recipe_from_resolved
@@ -22,7 +23,12 @@ def make_gpu(name: str, **changes: Any) -> Device:
     """A card of the catalog with all of its memory as the budget."""
     gpu = find_gpu(name)
     device = Device(
-        name=gpu.name, kind="cuda", memory_bytes=gpu.memory_bytes, budget_bytes=gpu.memory_bytes, bf16=gpu.bf16
+        name=gpu.name,
+        kind="cuda",
+        memory_bytes=gpu.memory_bytes,
+        budget_bytes=gpu.memory_bytes,
+        bf16=gpu.bf16,
+        rates=make_gpu_rates(gpu),
     )
     return device.model_copy(update=changes)
 

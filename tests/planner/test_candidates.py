@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import CPU, FP32_CPU, find_shape, make_gpu, make_inputs, make_strategy
+from plans import CPU, FP32_CPU, find_shape, make_gpu, make_inputs
 
 from fitune.planner.candidates import (
-    estimate_relative_time,
     list_methods,
     list_settings,
     list_strategies,
-    order_key,
 )
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import PlanError
@@ -95,16 +93,6 @@ def test_offload_and_expandable_segments_are_the_recipes_to_ask_for() -> None:
         one for device in (H100, CPU) for method in ("full", "lora", "qlora") for one in list_all({}, device, method)
     ]
     assert {(one.activation_offload, one.expandable_segments) for one in found} == {(False, False)}
-
-
-def test_with_offload_checkpointing_is_tried_first_on_a_gpu() -> None:
-    """All activations cross the bus without it, and with it each layer's input only."""
-    for offload, device, first in ((True, H100, True), (False, H100, False), (True, CPU, False)):
-        kept, checkpointed = (
-            make_strategy(activation_offload=offload, checkpointed_layers=LAYERS if on else 0) for on in (False, True)
-        )
-        is_first = order_key(checkpointed, device, 4096, LAYERS) < order_key(kept, device, 4096, LAYERS)
-        assert is_first == first
 
 
 def test_no_paged_optimizer_is_offered_on_a_cpu() -> None:
@@ -203,39 +191,3 @@ def test_the_fused_head_is_not_for_an_lm_head_with_an_adapter() -> None:
     assert "fused" in {one.loss_head for one in list_all(adapted, H100, "full")}
     with pytest.raises(PlanError, match=r'train\.loss_head: "fused" computes without the adapter'):
         list_all({**adapted, "train": {"loss_head": "fused"}}, H100, "lora")
-
-
-def test_exact_weights_come_before_rounded_ones_however_slow() -> None:
-    slow = make_strategy("full", weights_dtype="fp32", checkpointed_layers=LAYERS, loss_head="chunked")
-    fast = make_strategy("full", weights_dtype="bf16")
-    assert order_key(slow, H100, 4096, LAYERS) < order_key(fast, H100, 4096, LAYERS)
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"checkpointed_layers": 1}, "computes the forward twice"),
-        ({"loss_head": "chunked"}, "smaller matrices"),
-        ({"optimizer": "paged_adamw_8bit"}, "states cross the bus"),
-        ({"activation_offload": True}, "activations cross the bus"),
-        ({"attention": "eager"}, "writes its scores out"),
-        ({"optimizer": "adamw_8bit"}, "loses precision, at the same speed"),
-    ],
-)
-def test_what_costs_time_or_precision_is_tried_later(change: dict[str, Any], why: str) -> None:
-    plain, costly = make_strategy(), make_strategy(**change)
-    assert order_key(plain, H100, 4096, LAYERS) < order_key(costly, H100, 4096, LAYERS), why
-
-
-def test_a_larger_micro_batch_is_faster_until_the_device_is_busy() -> None:
-    def time(rows: int, length: int = 512) -> float:
-        return estimate_relative_time(make_strategy(micro_batch_size=rows), H100, length, LAYERS)
-
-    assert time(1) > time(2) > time(4) == time(64) == 1.0
-    assert time(1, 8192) == 1.0
-
-
-@given(st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 256), st.integers(1, 10**5))
-def test_no_strategy_is_faster_than_the_fastest(method: str, rows: int, length: int) -> None:
-    for device in (H100, CPU):
-        assert estimate_relative_time(make_strategy(method, micro_batch_size=rows), device, length, LAYERS) >= 1.0

@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import CPU, FP32_CPU, GiB, find_shape, make_gpu, make_inputs, plan_for
 
-from fitune.planner.candidates import list_strategies, order_key
+from fitune.planner.candidates import is_rounded, list_strategies
 from fitune.planner.catalog import list_gpus, list_models
+from fitune.planner.clock import make_closed_form_clock
 from fitune.planner.estimate import estimate_memory
 from fitune.planner.memory import PHASES, Components
 from fitune.planner.plan import Plan, list_budgets, make_closed_form_measure, make_plan
+from fitune.planner.search import TIE_SHARE
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import FituneError, PlanError
 from fitune.recipes.shipped import list_shipped
@@ -41,7 +43,7 @@ def test_a_smaller_budget_takes_a_later_method(budget: int, method: str) -> None
 def test_the_recipes_order_wins_over_the_default_one() -> None:
     plan = plan_for(LLAMA_8B | {"method": {"prefer": ["qlora", "lora", "full"]}}, H100)
     assert plan.strategy.method == "qlora"
-    assert not plan.rejected
+    assert {one.strategy.method for one in plan.rejected} <= {"qlora"}
 
 
 def test_nothing_that_was_preferred_and_fits_is_passed_over() -> None:
@@ -69,7 +71,8 @@ def test_the_chosen_strategy_is_the_first_that_fits_in_the_documented_order() ->
 @pytest.mark.parametrize("budget", [9, 14, 18, 24, 33, 48, 60, 80])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_search_finds_what_trying_everything_finds(method: str, budget: int) -> None:
-    """Every number of checkpointed layers with every other choice, by the same measure and the same order."""
+    """Every number of checkpointed layers with every other choice, by the same measure and the same clock: the plan is
+    as fast as the fastest, within what counts as equally fast on both sides of a step in the order."""
     inputs = make_inputs(LLAMA_8B | {"method": {"kind": method}}, with_budget(H100, budget))
     shape, device, length = inputs.shape, inputs.device, inputs.data.longest_row_tokens
     measure = make_closed_form_measure(shape, device, length, merge=False)
@@ -83,8 +86,11 @@ def test_the_search_finds_what_trying_everything_finds(method: str, budget: int)
     plan = make_plan(inputs)
     assert plan.fits == bool(fitting)
     if fitting:
-        best = min(order_key(one, device, length, shape.layers) for one in fitting)
-        assert order_key(plan.strategy, device, length, shape.layers) == best
+        clock = make_closed_form_clock(shape, device, length)
+        rounded = all(is_rounded(one) for one in fitting)
+        fastest = min(clock(one).seconds for one in fitting if is_rounded(one) == rounded)
+        assert is_rounded(plan.strategy) == rounded
+        assert clock(plan.strategy).seconds <= fastest * (1 + TIE_SHARE) ** 2
 
 
 @given(st.sampled_from([1, 2, 6, 16, 36, 97]), st.floats(1, 100), st.sampled_from(["auto", "full", "lora", "qlora"]))
@@ -126,8 +132,8 @@ def test_disk_alone_can_rule_full_fine_tuning_out() -> None:
     plan = plan_for({}, H100.model_copy(update={"disk_bytes": GiB}))
     assert plan.fits
     assert plan.strategy.method == "lora"
-    assert {one.strategy.method for one in plan.rejected} == {"full"}
-    assert "disk" in {one.component for one in plan.rejected}
+    assert "disk" in {one.component for one in plan.rejected if one.strategy.method == "full"}
+    assert "disk" not in {one.component for one in plan.rejected if one.strategy.method == "lora"}
 
 
 @pytest.mark.parametrize("name", ["T4", "V100 16GB", "RTX 2080 Ti"])
@@ -155,7 +161,7 @@ def test_bf16_weights_that_are_trained_are_rounded_stochastically_and_the_plan_s
     ("tables", "device", "words"),
     [
         ({"budget": {"gpus": 2}}, H100, "budget.gpus = 2: this version trains on one card"),
-        ({"budget": {"max_hours": 1.0}}, H100, "budget.max_hours: the plan predicts no time yet"),
+        ({"budget": {"max_hours": 1.0}}, CPU, "budget.max_hours: how fast CPU, 2 cores is is not known"),
         ({"train": {"compile": True}}, H100, "train.compile"),
         ({"train": {"optimizer": "paged_adamw"}}, CPU, "paged optimizers run unpaged on a CPU"),
         ({"train": {"activation_offload": True}}, CPU, "train.activation_offload = true: it has no effect on a CPU"),

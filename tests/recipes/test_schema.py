@@ -34,7 +34,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "double_quantization": True,
         "adapter": None,
     },
-    "budget": {"gpu": None, "memory": None, "gpus": 1, "host_memory": None, "disk": None, "max_hours": None},
+    "budget": {
+        "gpu": None,
+        "memory": None,
+        "gpus": 1,
+        "host_memory": None,
+        "disk": None,
+        "max_hours": None,
+        "price_per_hour": None,
+    },
     "train": {
         "epochs": 1,
         "max_steps": None,

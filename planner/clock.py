@@ -1,0 +1,142 @@
+"""From a step's time to a run's: startup, the number of steps, and the price of an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from ..recipes.schema import Recipe
+from .catalog import find_gpu
+from .rates import OPERATION_SECONDS, make_gpu_rates
+from .shape import ModelShape
+from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, make_speed, make_step_time
+from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work
+from .strategy import Device, Rates, Strategy
+
+Clock = Callable[[Strategy], StepTime]
+"""Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step."""
+
+LOAD_BYTES_PER_SECOND = 1.5e9
+"""At which weights are read from a local disk and brought to the device; a guess."""
+COMPILE_SECONDS = 30.0
+"""Of compiling one kind of layer, forward and backward, where no cache has it; a guess, not measured."""
+ASSUMED_STEPS = 1000
+"""Steps that startup is weighed against where their number is not known."""
+UNSURE_SHARE = 0.3
+"""By so much the closed forms may take a step for slower than it is."""
+TYPICAL_CPU = Rates(
+    peak_flops=2e11,
+    half_flops=2e11,
+    full_flops=1e11,
+    memory_bytes=2e10,
+    operation_seconds=OPERATION_SECONDS,
+    kernel_seconds=0.0,
+    overlaps=False,
+    attention="cpu",
+    source="a typical CPU of a few cores",
+)
+"""What candidates are put in order by where a CPU was not probed; no time is told by it."""
+TYPICAL_GPU = "A100 80GB"
+"""The same for a card that the catalog does not know."""
+
+
+def find_order_rates(device: Device) -> Rates:
+    """The device's own rates, else a typical device's: the order of candidates needs no more."""
+    if device.rates is not None:
+        return device.rates
+    return TYPICAL_CPU if device.kind == "cpu" else make_gpu_rates(find_gpu(TYPICAL_GPU))
+
+
+def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: int) -> Clock:
+    """The closed forms as a clock."""
+    rates = find_order_rates(device)
+
+    @cache
+    def time_micro_batch(strategy: Strategy) -> dict[str, PhaseTime]:
+        works = estimate_micro_batch_work(shape, strategy, sequence_length)
+        return {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
+
+    @cache
+    def clock(strategy: Strategy) -> StepTime:
+        alike = strategy.model_copy(update={"optimizer": "adamw", "gradient_accumulation_steps": 1})
+        update = estimate_shape_update_work(shape, strategy)
+        phases = {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
+        tokens = strategy.micro_batch_size * sequence_length
+        flops = estimate_model_flops(shape, strategy, sequence_length) * tokens
+        micro_batch = time_micro_batch(alike)
+        return make_step_time(
+            micro_batch,
+            phases,
+            strategy.gradient_accumulation_steps,
+            tokens=tokens,
+            flops=flops,
+            estimator="closed_forms",
+        )
+
+    return clock
+
+
+class Timer:
+    """Times whole runs of a recipe.
+
+    steps:         optimizer steps, None where they are not known
+    limit_seconds: `budget.max_hours`, None without one
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: Device,
+        *,
+        quick: Clock,
+        exact: Clock | None,
+        steps: int | None,
+        weight_file_bytes: int,
+    ) -> None:
+        self.steps, self._quick, self._exact = steps, quick, exact
+        self._device, self._weight_file_bytes = device, weight_file_bytes
+        self._price_per_hour, hours = recipe.budget.price_per_hour, recipe.budget.max_hours
+        self.limit_seconds = None if hours is None else 3600 * hours
+
+    def estimate(self, strategy: Strategy) -> StepTime:
+        """A step by closed forms."""
+        return self._quick(strategy)
+
+    def rehearse(self, strategy: Strategy) -> StepTime:
+        """A step as exactly as it can be had; TraceError where the model cannot be rehearsed."""
+        return self._quick(strategy) if self._exact is None else self._exact(strategy)
+
+    def estimate_seconds(self, strategy: Strategy) -> float:
+        """The whole run by closed forms."""
+        return self.rank_seconds(strategy, self._quick(strategy))
+
+    def estimate_startup_seconds(self, strategy: Strategy) -> float:
+        """Reading the weights, and compiling layers."""
+        return self._weight_file_bytes / LOAD_BYTES_PER_SECOND + (COMPILE_SECONDS if strategy.compile else 0.0)
+
+    def rank_seconds(self, strategy: Strategy, time: StepTime) -> float:
+        """What candidates are compared by: the whole run, or one of ASSUMED_STEPS where its length is not known."""
+        return self.estimate_startup_seconds(strategy) + (self.steps or ASSUMED_STEPS) * time.seconds
+
+    def find_late_seconds(self, strategy: Strategy, time: StepTime) -> float:
+        """By how much a run misses `budget.max_hours`; 0 where there is no limit, or no telling."""
+        if self.limit_seconds is None or self.steps is None or self._device.rates is None:
+            return 0.0
+        return self.rank_seconds(strategy, time) - self.limit_seconds
+
+    def is_hopeless(self, strategy: Strategy) -> bool:
+        """Whether a run is so late by closed forms that no rehearsal would save it."""
+        late = self.find_late_seconds(strategy, self._quick(strategy))
+        return late > UNSURE_SHARE * (self.limit_seconds or 0.0)
+
+    def make_speed(self, strategy: Strategy, time: StepTime) -> Speed | None:
+        """The run's speed; None where the device's rates are not known."""
+        if self._device.rates is None:
+            return None
+        return make_speed(
+            time,
+            self._device,
+            steps=self.steps,
+            startup_seconds=self.estimate_startup_seconds(strategy),
+            price_per_hour=self._price_per_hour,
+        )

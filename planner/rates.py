@@ -1,0 +1,74 @@
+"""How fast devices work: what of a data sheet's rates a training step reaches.
+
+The shares below are those of one H100 (tests/data and the sources named); no other card was measured, and they are
+taken to hold for all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from .strategy import Rates
+
+if TYPE_CHECKING:
+    from .catalog import CatalogGpu
+
+MATRIX_SHARE = 0.76
+"""Of the dense matrix rate that large products reach: 711 to 791 of 989 TFLOP/s measured on Llama-3.1-8B's shapes."""
+MEMORY_SHARE = 0.80
+"""Of the memory's bandwidth that element-wise operations reach: 78 to 84 % of an H100's is what profiles of such
+kernels show; strided and mixed-dtype ones reach less, cached ones more."""
+HOST_SHARE = 0.80
+"""Of PCIe's nominal rate that copies of pinned memory reach: 25 of 31.5 GB/s is usual. Not measured here."""
+UNKNOWN_HOST_GB_PER_SECOND = 15.75
+"""PCIe 3.0 x16, for cards of which it is not known."""
+OPERATION_SECONDS = 38e-6
+"""Host time of an operation of eager PyTorch with transformers and peft, views included: Python, autograd, launch. The
+one constant that is fitted: the median of the measured steps that wait for the host (docs/accuracy.md)."""
+KERNEL_SECONDS = 2.5e-6
+"""The shortest kernel with the gap to the next one."""
+HALF_LENGTH = 350
+"""Tokens at which fused attention has half its rate: read off figures 5 and 6 of FlashAttention-3 (arXiv 2407.08608),
+where H100 kernels reach 315, 410, 484, 518, 529 and 539 TFLOP/s at 512 to 16,384 tokens; so do the other curves."""
+ATTENTION_SHARES: dict[tuple[str, bool], dict[int, float]] = {
+    ("cudnn", False): {64: 0.40, 128: 0.555, 256: 0.525},
+    ("cudnn", True): {64: 0.445, 128: 0.535, 256: 0.535},
+    ("flash", False): {64: 0.55, 128: 0.65, 256: 0.65},
+    ("flash", True): {64: 0.50, 128: 0.58, 256: 0.58},
+    ("efficient", False): {64: 0.30, 128: 0.30, 256: 0.20},
+    ("efficient", True): {64: 0.25, 128: 0.25, 256: 0.15},
+    ("cpu", False): {64: 0.50, 128: 0.50, 256: 0.50},
+    ("cpu", True): {64: 0.50, 128: 0.50, 256: 0.50},
+}
+"""(kernels, whether backward) to head size to the share of the peak matrix rate that causal attention of long rows
+reaches. cudnn: the same figures of FlashAttention-3; backward at 256 as at 128. flash: FlashAttention-2 on an A100
+(arXiv 2307.08691: 50 to 73 % forward, up to 63 % backward). efficient and cpu: guesses."""
+
+
+def make_gpu_rates(gpu: CatalogGpu) -> Rates:
+    """The rates of a card of the catalog."""
+    peak = gpu.tensor_tflops * 1e12
+    host = gpu.host_gb_per_second or UNKNOWN_HOST_GB_PER_SECOND
+    return Rates(
+        peak_flops=peak,
+        half_flops=MATRIX_SHARE * peak,
+        full_flops=None if gpu.fp32_tflops is None else MATRIX_SHARE * gpu.fp32_tflops * 1e12,
+        memory_bytes=MEMORY_SHARE * gpu.bandwidth_gb_per_second * 1e9,
+        host_bytes=HOST_SHARE * host * 1e9,
+        operation_seconds=OPERATION_SECONDS,
+        kernel_seconds=KERNEL_SECONDS,
+        attention=_find_attention(gpu),
+        board_watts=gpu.board_watts,
+        source=f"{gpu.source}; shares of it as measured on an H100",
+    )
+
+
+def _find_attention(gpu: CatalogGpu) -> Literal["cudnn", "flash", "efficient"]:
+    """The kernels that SDPA picks: cuDNN's on Hopper and data-centre Blackwell (torch 2.11 and later, whose cuDNN is
+    above 9.15.1), FlashAttention-2 from capability 8.0 up, else the memory-efficient ones.
+
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+    """
+    if gpu.compute_capability in ("9.0", "10.0"):
+        return "cudnn"
+    return "flash" if gpu.bf16 else "efficient"

@@ -1,0 +1,210 @@
+"""Step times: a roofline over the operations of a step, and what follows from it for a run.
+
+An operation takes the longer of its arithmetic and its traffic: max(operations / matrix rate, bytes / bandwidth). Where
+the host runs ahead of the device, a phase takes the longer of what the device computes and what the host starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from .memory import Estimator
+from .rates import ATTENTION_SHARES, HALF_LENGTH
+from .strategy import Device, Rates, Value
+
+IDLE_SHARE = 0.15
+"""Of its power limit that a board draws while it waits: some 100 of an H100's 700 W."""
+JOULES_PER_KWH = 3.6e6
+MICRO_BATCH_PHASES = ("forward", "backward")
+"""Phases that every micro-batch has; the others come once a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Operations of one kind and size.
+
+    kind:     matrix, attention, memory (all that only moves bytes), transfer (to or from the host) or none
+    flops:    floating point operations of one of them
+    bytes:    that one of them reads and writes
+    width:    bytes of an element: 4 computes at the fp32 rate
+    head_dim, sequence: of attention
+    backward: whether it is attention's backward
+    calls:    operations that the host starts for one of them
+    times:    how many there are
+    """
+
+    kind: Literal["matrix", "attention", "memory", "transfer", "none"]
+    flops: float = 0.0
+    bytes: float = 0.0
+    width: int = 2
+    head_dim: int = 128
+    sequence: int = 1
+    backward: bool = False
+    calls: float = 1.0
+    times: float = 1.0
+
+
+class PhaseTime(Value):
+    """A phase of the step, all its micro-batches together.
+
+    name:           forward, backward, clip or optimizer
+    device_seconds: what the device computes
+    host_seconds:   what the host takes to start it
+    seconds:        the longer of the two; on a CPU, where nothing overlaps, their sum
+    """
+
+    name: str
+    device_seconds: float = Field(ge=0)
+    host_seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """The time of one optimizer step.
+
+    phases: forward, backward, clip, optimizer
+    tokens: of the step
+    flops:  that the model needs for them
+    estimator: what it comes from
+    """
+
+    phases: tuple[PhaseTime, ...]
+    tokens: int
+    flops: float
+    estimator: Estimator
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def device_seconds(self) -> float:
+        """Of which the device computes."""
+        return sum(min(phase.device_seconds, phase.seconds) for phase in self.phases)
+
+
+class Speed(Value):
+    """How fast a run will go, the sibling of a plan's memory.
+
+    tokens_per_second:       of training steps on rows as long as the plan allows for
+    step_seconds:            of one optimizer step
+    startup_seconds:         loading the model, compiling its layers
+    total_seconds:           startup and all steps; None where their number is not known
+    model_flops_utilization: operations that the model needs, recomputation excepted, over what the device could do in
+                             the time by its data sheet, 0 to 1
+    joules_per_1000_tokens:  of the board; None where its power limit is not known
+    energy_kwh:              of the run's steps; None where that or their number is not known
+    cost:                    total hours times `budget.price_per_hour`, in the same currency; None without one
+    limit:                   what most of the step waits for: the device, or the host that starts its operations
+    phases:                  of the step
+    estimator:               what these figures come from
+    """
+
+    tokens_per_second: float = Field(gt=0)
+    step_seconds: float = Field(gt=0)
+    startup_seconds: float = Field(ge=0)
+    total_seconds: float | None = Field(default=None, gt=0)
+    model_flops_utilization: float = Field(ge=0)
+    joules_per_1000_tokens: float | None = None
+    energy_kwh: float | None = None
+    cost: float | None = None
+    limit: Literal["device", "host"]
+    phases: tuple[PhaseTime, ...]
+    estimator: Estimator = "closed_forms"
+
+
+def estimate_operation_seconds(work: Work, rates: Rates) -> float:
+    """Device time of one operation: max(flops / rate, bytes / bandwidth), and at least that of the shortest kernel.
+
+    Attention reaches a share of the peak that grows with its rows: share * sequence / (sequence + 350).
+    """
+    if work.kind == "none":
+        return 0.0
+    if work.kind == "transfer":
+        return 0.0 if rates.host_bytes is None else work.bytes / rates.host_bytes
+    rate = rates.half_flops
+    if work.kind == "attention":
+        shares = ATTENTION_SHARES[rates.attention, work.backward]
+        size = next((one for one in shares if work.head_dim <= one), max(shares))
+        rate = rates.peak_flops * shares[size] * work.sequence / (work.sequence + HALF_LENGTH)
+    elif work.width >= 4:
+        rate = rates.full_flops or rates.half_flops
+    return max(work.flops / rate, work.bytes / rates.memory_bytes, rates.kernel_seconds)
+
+
+def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> PhaseTime:
+    """A phase, done once."""
+    device = host = 0.0
+    for work in works:
+        device += work.times * estimate_operation_seconds(work, rates)
+        host += work.times * work.calls * rates.operation_seconds
+    seconds = max(device, host) if rates.overlaps else device + host
+    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
+
+
+def make_step_time(
+    micro_batch: Mapping[str, PhaseTime],
+    update: Mapping[str, PhaseTime],
+    micro_batches: int,
+    *,
+    tokens: int,
+    flops: float,
+    estimator: Estimator,
+) -> StepTime:
+    """A step of `micro_batches`, each with the phases of `micro_batch`, and one update.
+
+    tokens, flops: of one micro-batch
+    """
+    repeated = tuple(
+        PhaseTime(
+            name=phase.name,
+            device_seconds=micro_batches * phase.device_seconds,
+            host_seconds=micro_batches * phase.host_seconds,
+            seconds=micro_batches * phase.seconds,
+        )
+        for phase in micro_batch.values()
+    )
+    return StepTime(
+        phases=(*repeated, *update.values()),
+        tokens=tokens * micro_batches,
+        flops=flops * micro_batches,
+        estimator=estimator,
+    )
+
+
+def make_speed(
+    time: StepTime, device: Device, *, steps: int | None, startup_seconds: float, price_per_hour: float | None
+) -> Speed:
+    """What a step's time means for a run of `steps`."""
+    assert device.rates is not None, "a step's time comes from rates"
+    total = None if steps is None else startup_seconds + steps * time.seconds
+    watts = _estimate_watts(time, device.rates)
+    joules = None if watts is None else watts * time.seconds
+    busy = sum(phase.device_seconds >= phase.host_seconds for phase in time.phases if phase.name in MICRO_BATCH_PHASES)
+    return Speed(
+        tokens_per_second=time.tokens / time.seconds,
+        step_seconds=time.seconds,
+        startup_seconds=startup_seconds,
+        total_seconds=total,
+        model_flops_utilization=time.flops / (time.seconds * device.rates.peak_flops),
+        joules_per_1000_tokens=None if joules is None else 1000 * joules / time.tokens,
+        energy_kwh=None if joules is None or steps is None else steps * joules / JOULES_PER_KWH,
+        cost=None if total is None or price_per_hour is None else total / 3600 * price_per_hour,
+        limit="device" if busy else "host",
+        phases=time.phases,
+        estimator=time.estimator,
+    )
+
+
+def _estimate_watts(time: StepTime, rates: Rates) -> float | None:
+    """Mean draw of the board: its limit while it computes, an idle share of it while it waits."""
+    if rates.board_watts is None:
+        return None
+    busy = time.device_seconds / time.seconds
+    return rates.board_watts * (IDLE_SHARE + (1 - IDLE_SHARE) * busy)

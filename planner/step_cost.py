@@ -1,0 +1,282 @@
+"""Closed forms of what a step computes and moves: the planner's quick time estimate.
+
+T is the tokens of a micro-batch, H the hidden size, I the MLP's width, V the vocabulary. Matrix products and attention
+are counted from the model's shape. Bytes and operations of all else are those that a rehearsal of Llama shows, per
+feature and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
+from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
+from .model_shape import BlockShape, LinearShape, ModelShape
+from .speed import Work
+from .strategy import DTYPE_BYTES, Dtype, Optimizer, Strategy
+
+NORM_BYTES = 36
+"""Bytes a feature that an RMSNorm's operations move in forward: to fp32, square, mean, scale, back, times its
+weight."""
+ROTARY_BYTES = 18
+"""The same of rotary positions: two products, a rotated copy, a sum."""
+MLP_BYTES = 10
+"""The same of a gated MLP's activation and product."""
+RESIDUAL_BYTES = 6
+ADAPTER_BYTES = 10
+"""The same of scaling an adapter's output and adding it."""
+DROPOUT_BYTES = 5
+FP32_BYTES = 4
+BACKWARD_FACTOR = 2.0
+"""Bytes that are moved in backward for one in forward."""
+FUSED_SHARE = 0.3
+"""Of these bytes that are left where layers are compiled: each chain of operations reads and writes once."""
+SCORE_BYTES = 24
+"""Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
+HEAD_BYTES = 24
+"""Bytes a logit that the loss moves in forward: to fp32, log-softmax, and as much in backward."""
+HEAD_CALLS = 15
+"""Operations of the loss, and of embedding and final norm."""
+FORWARD_CALLS = 80
+"""Operations that a decoder layer starts in forward; counted in a rehearsal of Llama, with an adapter's beside it."""
+BACKWARD_CALLS = 160
+ADAPTER_FORWARD_CALLS = 12
+ADAPTER_BACKWARD_CALLS = 15
+RECOMPUTE_CALLS = 90
+"""Beyond the forward's that a checkpointed layer starts where it is computed again."""
+COMPILED_CALLS = 0.25
+"""Of these operations that compiled layers are left with."""
+MOVED_BYTES: dict[Optimizer, float] = {
+    "adamw": 0,
+    "adamw_32bit": 16,
+    "paged_adamw": 16,
+    "adamw_8bit": 4,
+    "paged_adamw_8bit": 4,
+}
+"""Bytes of state that an update reads and writes for an element, beside weight and gradient; adamw's depend on the
+dtype."""
+STOCHASTIC_BYTES = 48
+"""Bytes that rounding one fp32 tensor stochastically moves for an element."""
+UPDATE_CALLS = 3
+"""Operations that bitsandbytes starts for a tensor, and Adafactor's ten: one by one, in Python."""
+CHUNK_ELEMENTS = 2**24
+
+
+def estimate_micro_batch_work(
+    shape: ModelShape, strategy: Strategy, sequence_length: int
+) -> dict[str, tuple[Work, ...]]:
+    """Forward and backward of one micro-batch, whatever the optimizer."""
+    step = StepShape(shape, strategy, sequence_length)
+    forward = [work for block in shape.blocks for work in _list_layer(step, block)]
+    backward = [work for block in shape.blocks for work in _list_layer_backward(step, block)]
+    moved = estimate_kept_bytes(step) if strategy.activation_offload else 0
+    transfer = [Work(kind="transfer", bytes=moved)] if moved else []
+    return {
+        "forward": (*forward, *_list_head(step, forward=True), *transfer),
+        "backward": (*_list_head(step, forward=False), *backward, *transfer),
+    }
+
+
+def estimate_model_flops(shape: ModelShape, strategy: Strategy, sequence_length: int) -> float:
+    """Floating point operations a token that training needs, recomputation excepted.
+
+    4 N for forward and the gradients of inputs, 2 for each trainable parameter, N the parameters that a token meets but
+    the embeddings; and causal attention, 12 * heads * head_dim * sequence / 2 a layer. For full fine-tuning the usual 6
+    N.
+    """
+    met = sum(linear.weight_parameters * count for linear, count in shape.linears) + shape.head.weight_parameters
+    if shape.experts and shape.experts_per_token:
+        share = shape.experts_per_token / shape.experts
+        met += int(share * sum(block.repeats * block.expert_parameters for block in shape.blocks))
+    trained = met if strategy.method == "full" else count_trainable(shape, strategy)
+    attended = sum(block.repeats * _attended(block, sequence_length) for block in shape.blocks)
+    adapters = 0 if strategy.method == "full" else 4 * trained
+    return 4 * met + 2 * trained + adapters + 12 * shape.heads * shape.head_dim * attended
+
+
+def _attended(block: BlockShape, sequence: int) -> float:
+    """Keys that a query sees on average: half of the row, or of its window and what is before."""
+    window = min(block.sliding_window or sequence, sequence)
+    return window - window * window / (2 * sequence)
+
+
+def _list_layer(step: StepShape, block: BlockShape, *, share: float = 1.0) -> Iterator[Work]:
+    """One forward of all layers like `block`, or of a share of them."""
+    repeats = share * block.repeats
+    for linear in block.linears:
+        yield from _list_product(step, linear, repeats)
+        yield from _list_adapter(step, linear, repeats, gradients=False)
+    yield from _list_experts(step, block, repeats, factor=1)
+    yield from _list_attention(step, block, repeats, backward=False)
+    yield _make_traffic(step, repeats, factor=1.0)
+
+
+def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
+    """Gradients of inputs and of what is trained; checkpointed layers are computed again before."""
+    strategy = step.strategy
+    share = step.checkpointed_layers / step.shape.layers
+    if share:
+        yield from _list_layer(step, block, share=share)
+        yield Work(kind="none", calls=_scale_calls(strategy, RECOMPUTE_CALLS), times=share * block.repeats)
+    for linear in block.linears:
+        for _ in range(1 + step.trains_base):
+            yield from _list_product(step, linear, block.repeats)
+        yield from _list_adapter(step, linear, block.repeats, gradients=True)
+    yield from _list_experts(step, block, block.repeats, factor=2 if step.trains_base else 1)
+    yield from _list_attention(step, block, block.repeats, backward=True)
+    yield _make_traffic(step, block.repeats, factor=BACKWARD_FACTOR)
+
+
+def _list_product(step: StepShape, linear: LinearShape, repeats: float) -> Iterator[Work]:
+    """[T, inputs] times [inputs, outputs]; an NF4 weight is read packed, or an fp32 one, and written in the compute
+    dtype first (fp32 ones in forward only: backward finds the copy, and casts the gradient back)."""
+    a, elements = step.compute_bytes, linear.weight_parameters
+    moved = a * (step.tokens * (linear.inputs + linear.outputs) + elements)
+    yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, calls=0, times=repeats)
+    if step.strategy.method == "qlora":
+        packed = estimate_nf4_bytes(elements, double_quantization=step.strategy.double_quantization)
+        yield Work(kind="memory", bytes=packed + a * elements, calls=0, times=repeats)
+    elif step.casts:
+        yield Work(kind="memory", bytes=(FP32_BYTES + a) * elements, calls=0, times=repeats)
+
+
+def _list_adapter(step: StepShape, linear: LinearShape, repeats: float, *, gradients: bool) -> Iterator[Work]:
+    """The two products of an adapter, twice as many in backward, and the traffic of its output."""
+    strategy, a = step.strategy, step.compute_bytes
+    if strategy.method == "full" or not step.needs_input(linear):
+        return
+    rank = strategy.adapter_rank or 0
+    for size in (linear.inputs, linear.outputs):
+        yield Work(
+            kind="matrix",
+            flops=2.0 * step.tokens * rank * size,
+            bytes=a * (step.tokens * (size + rank) + rank * size),
+            width=a,
+            calls=0,
+            times=repeats * (2 if gradients else 1),
+        )
+    factor = BACKWARD_FACTOR if gradients else 1.0
+    dropped = DROPOUT_BYTES * linear.inputs if strategy.adapter_dropout else 0
+    calls = ADAPTER_BACKWARD_CALLS if gradients else ADAPTER_FORWARD_CALLS
+    moved = step.tokens * factor * (ADAPTER_BYTES * linear.outputs + dropped)
+    yield Work(
+        kind="memory",
+        bytes=moved * (FUSED_SHARE if strategy.compile else 1.0),
+        calls=_scale_calls(strategy, calls),
+        times=repeats,
+    )
+
+
+def _list_experts(step: StepShape, block: BlockShape, repeats: float, *, factor: int) -> Iterator[Work]:
+    """The experts that each token visits."""
+    shape, a = step.shape, step.compute_bytes
+    if not (block.expert_parameters and shape.experts and shape.experts_per_token):
+        return
+    share = shape.experts_per_token / shape.experts
+    yield Work(
+        kind="matrix",
+        flops=2.0 * factor * step.tokens * share * block.expert_parameters,
+        bytes=a * block.expert_parameters,
+        width=a,
+        calls=_scale_calls(step.strategy, FORWARD_CALLS),
+        times=repeats,
+    )
+
+
+def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backward: bool) -> Iterator[Work]:
+    """Causal attention: 4 * T * keys seen * heads * head_dim in forward, 2.5 times that in backward; eager attention
+    computes all keys and writes its scores out."""
+    shape, a = step.shape, step.compute_bytes
+    width = shape.heads * shape.head_dim
+    if step.strategy.attention == "eager":
+        scores = step.tokens * step.sequence * shape.heads
+        factor = 2 if backward else 1
+        flops = 4.0 * factor * step.tokens * step.sequence * width
+        yield Work(kind="matrix", flops=flops, width=a, calls=0, times=repeats)
+        yield Work(kind="memory", bytes=factor * SCORE_BYTES * scores, calls=0, times=repeats)
+        return
+    flops = 4.0 * step.tokens * _attended(block, step.sequence) * width
+    yield Work(
+        kind="attention",
+        flops=flops * (2.5 if backward else 1.0),
+        bytes=a * step.tokens * (4 * width if backward else 2 * width),
+        head_dim=shape.head_dim,
+        sequence=step.sequence,
+        backward=backward,
+        calls=0,
+        times=repeats,
+    )
+
+
+def _make_traffic(step: StepShape, repeats: float, *, factor: float) -> Work:
+    """Norms, positions, activation and residuals of a layer, and the operations that it starts."""
+    shape, strategy = step.shape, step.strategy
+    visits = shape.experts_per_token or 1
+    features = (
+        NORM_BYTES * shape.norms_per_block * shape.hidden_size
+        + ROTARY_BYTES * (shape.heads + shape.kv_heads) * shape.head_dim
+        + MLP_BYTES * visits * shape.intermediate_size
+        + 2 * RESIDUAL_BYTES * shape.hidden_size
+    )
+    calls = FORWARD_CALLS if factor == 1.0 else BACKWARD_CALLS
+    return Work(
+        kind="memory",
+        bytes=factor * step.tokens * features * (FUSED_SHARE if strategy.compile else 1.0),
+        calls=_scale_calls(strategy, calls),
+        times=repeats,
+    )
+
+
+def _scale_calls(strategy: Strategy, calls: float) -> float:
+    return calls * (COMPILED_CALLS if strategy.compile else 1.0)
+
+
+def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
+    """LM head and loss. The chunked head computes its logits again in backward; the fused one has computed all
+    gradients by then, and scales them."""
+    shape, head, a = step.shape, step.strategy.loss_head, step.compute_bytes
+    forwards, backwards = 1, 1 + int(step.trains_base)
+    passes = {"full": (1, 1), "chunked": (1, 2), "fused": (2, 0)}[head]
+    products = {"full": (forwards, backwards), "chunked": (forwards, forwards + backwards), "fused": (1 + backwards, 0)}
+    chunks = 1 if head == "full" else -(-step.tokens // CHUNK_ROWS)
+    side = 0 if forward else 1
+    elements = shape.head.weight_parameters
+    moved = a * (step.tokens * (shape.hidden_size + shape.vocab_size) + elements * chunks)
+    logits = HEAD_BYTES * step.tokens * shape.vocab_size
+    yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, times=products[head][side])
+    yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks, times=passes[side])
+    yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=HEAD_CALLS)
+
+
+def estimate_shape_update_work(shape: ModelShape, strategy: Strategy) -> dict[str, tuple[Work, ...]]:
+    """Clipping and the update of all that a strategy trains."""
+    return estimate_update_work(list_trainable_tensors(shape, strategy), strategy, trainable_dtype(strategy))
+
+
+def estimate_update_work(
+    tensors: tuple[tuple[int, int], ...], strategy: Strategy, dtype: Dtype
+) -> dict[str, tuple[Work, ...]]:
+    """Clipping and the optimizer's update of (elements, how many) tensors.
+
+    Clipping reads the gradients and scales them: 3 w bytes an element. An update reads weight and gradient and writes
+    the weight, 3 w, and reads and writes its states. A weight that is rounded stochastically is updated in fp32, part
+    by part. Paged states stay on the card for as long as they fit, which a plan sees to.
+    """
+    width = DTYPE_BYTES[dtype]
+    elements, number = sum(size * count for size, count in tensors), sum(count for _, count in tensors)
+    parts = sum(count * -(-size // CHUNK_ELEMENTS) for size, count in tensors)
+    name, rounds = strategy.optimizer, strategy.rounding == "stochastic" and dtype == "bf16"
+    moved, calls = 0.0, 10.0
+    if name == "adamw":
+        moved, calls = (7 * 4 + 4 * 6 + 3 * STOCHASTIC_BYTES, 30 * parts) if rounds else (7 * width, calls)
+    elif name == "adafactor":
+        moved, calls = 10 * 4 + (12 + STOCHASTIC_BYTES if rounds else 0), 10 * number
+    else:
+        state = MOVED_BYTES[name]
+        moved, calls = 3 * width + state, UPDATE_CALLS * number
+        if rounds:
+            moved, calls = 12 + 12 + state + STOCHASTIC_BYTES, 12 * parts
+    return {
+        "clip": (Work(kind="memory", bytes=3 * width * elements, calls=10),),
+        "optimizer": (Work(kind="memory", bytes=moved * elements, calls=calls),),
+    }

@@ -1,0 +1,182 @@
+"""Step times from closed forms, what they mean for a run, and the order of candidates that follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
+
+from fitune.planner.catalog import find_gpu, list_gpus
+from fitune.planner.clock import make_closed_form_clock
+from fitune.planner.plan import make_plan
+from fitune.planner.rates import ATTENTION_SHARES, make_gpu_rates
+from fitune.planner.speed import StepTime, Work, estimate_operation_seconds, estimate_phase_time
+from fitune.planner.step_cost import estimate_model_flops
+from fitune.planner.strategy import Device
+
+H100 = make_gpu("H100 80GB")
+RATES = make_gpu_rates(find_gpu("H100 80GB"))
+SHAPE = find_shape("llama-3.1-8b")
+LAYERS = SHAPE.layers
+
+
+def time_of(device: Device = H100, length: int = 4096, **changes: Any) -> StepTime:
+    strategy = make_strategy(changes.pop("method", "lora"), **{"micro_batch_size": 2, **changes})
+    return make_closed_form_clock(SHAPE, device, length)(strategy)
+
+
+def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_traffic() -> None:
+    product = Work(kind="matrix", flops=RATES.half_flops, bytes=RATES.memory_bytes / 2)
+    assert estimate_operation_seconds(product, RATES) == pytest.approx(1.0)
+    skinny = Work(kind="matrix", flops=RATES.half_flops / 2, bytes=RATES.memory_bytes * 3)
+    assert estimate_operation_seconds(skinny, RATES) == pytest.approx(3.0)
+    assert estimate_operation_seconds(Work(kind="memory", bytes=1), RATES) == RATES.kernel_seconds
+
+
+def test_an_fp32_product_is_slower_than_a_16_bit_one() -> None:
+    half, full = (Work(kind="matrix", flops=1e12, width=width) for width in (2, 4))
+    assert estimate_operation_seconds(full, RATES) > 10 * estimate_operation_seconds(half, RATES)
+
+
+def test_attention_reaches_its_published_rate_on_long_rows_and_half_of_it_on_short_ones() -> None:
+    def rate(sequence: int) -> float:
+        work = Work(kind="attention", flops=1e15, head_dim=128, sequence=sequence)
+        return 1e15 / estimate_operation_seconds(work, RATES)
+
+    published = {512: 315e12, 2048: 484e12, 16384: 539e12}
+    assert {length: rate(length) for length in published} == {
+        length: pytest.approx(figure, rel=0.05) for length, figure in published.items()
+    }
+
+
+def test_a_phase_waits_for_the_slower_of_host_and_device() -> None:
+    works = [Work(kind="memory", bytes=RATES.memory_bytes, calls=10)]
+    busy = estimate_phase_time("forward", works, RATES)
+    assert (busy.seconds, busy.host_seconds) == (pytest.approx(1.0), pytest.approx(10 * RATES.operation_seconds))
+    waiting = estimate_phase_time("forward", [Work(kind="none", calls=100)], RATES)
+    assert waiting.seconds == pytest.approx(100 * RATES.operation_seconds)
+    alone = RATES.model_copy(update={"overlaps": False})
+    serial = estimate_phase_time("forward", works, alone)
+    assert serial.seconds == pytest.approx(serial.device_seconds + serial.host_seconds)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"checkpointed_layers": LAYERS}, "computes the forward twice"),
+        ({"loss_head": "chunked"}, "computes logits twice"),
+        ({"activation_offload": True}, "activations cross the bus"),
+        ({"attention": "eager"}, "writes its scores out"),
+        ({"adapter_dropout": 0.1}, "draws masks"),
+        ({"method": "qlora"}, "dequantises"),
+    ],
+)
+def test_what_costs_time_is_slower(change: dict[str, Any], why: str) -> None:
+    assert time_of(**change).seconds > 1.001 * time_of().seconds, why
+
+
+def test_compiled_layers_are_faster() -> None:
+    assert time_of(compile=True).seconds < 0.85 * time_of().seconds
+
+
+def test_half_of_the_layers_checkpointed_cost_half_of_the_time() -> None:
+    none, half, every = (time_of(checkpointed_layers=layers).seconds for layers in (0, LAYERS // 2, LAYERS))
+    assert half - none == pytest.approx((every - none) / 2)
+
+
+def test_with_offload_checkpointing_is_faster_on_a_gpu_and_slower_on_a_cpu() -> None:
+    """All activations cross the bus without it, and with it each layer's input only; a CPU has no bus."""
+    for offload, device, faster in ((True, H100, True), (False, H100, False), (True, CPU, False)):
+        kept, checkpointed = (
+            time_of(device, activation_offload=offload, checkpointed_layers=layers).seconds for layers in (0, LAYERS)
+        )
+        assert (checkpointed < kept) == faster
+
+
+def test_a_small_micro_batch_waits_for_the_host() -> None:
+    small, large = (time_of(length=512, micro_batch_size=rows) for rows in (1, 64))
+    assert 64 * small.seconds > 2 * large.seconds
+
+
+def test_accumulation_repeats_forward_and_backward_only() -> None:
+    one, four = time_of(), time_of(gradient_accumulation_steps=4)
+    first, fourth = ({phase.name: phase.seconds for phase in time.phases} for time in (one, four))
+    assert fourth["backward"] == pytest.approx(4 * first["backward"])
+    assert fourth["optimizer"] == first["optimizer"]
+
+
+def test_full_fine_tuning_needs_six_operations_a_parameter_and_token() -> None:
+    met = SHAPE.parameters - SHAPE.embedding_parameters
+    full = estimate_model_flops(SHAPE, make_strategy("full"), 1)
+    assert full == pytest.approx(6 * met, rel=0.001)
+    assert estimate_model_flops(SHAPE, make_strategy("lora"), 1) == pytest.approx(4 * met, rel=0.02)
+
+
+@given(st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 64), st.integers(1, 10**4))
+def test_no_step_is_faster_than_the_data_sheet_allows(method: str, rows: int, length: int) -> None:
+    time = time_of(method=method, micro_batch_size=rows, length=length)
+    assert 0 < time.flops / RATES.peak_flops < time.seconds
+
+
+@pytest.mark.parametrize("gpu", list_gpus(), ids=lambda gpu: gpu.name)
+def test_every_card_has_rates_that_a_step_can_be_timed_with(gpu: Any) -> None:
+    rates = make_gpu_rates(gpu)
+    assert (rates.attention, False) in ATTENTION_SHARES and (rates.attention, True) in ATTENTION_SHARES
+    assert rates.half_flops < rates.peak_flops
+    assert time_of(make_gpu(gpu.name)).seconds > 0
+
+
+def test_a_plan_tells_how_fast_it_goes() -> None:
+    tables = {"train": {"max_steps": 100}, "budget": {"price_per_hour": 3.0}}
+    speed = plan_for(tables, make_gpu("H100 80GB")).speed
+    assert speed is not None and speed.total_seconds is not None and speed.cost is not None
+    assert speed.total_seconds == pytest.approx(speed.startup_seconds + 100 * speed.step_seconds)
+    assert speed.cost == pytest.approx(3.0 * speed.total_seconds / 3600)
+    assert speed.joules_per_1000_tokens is not None and speed.energy_kwh is not None
+    assert 105 * 100 * speed.step_seconds < speed.energy_kwh * 3.6e6 <= 701 * 100 * speed.step_seconds
+    assert 0.2 < speed.model_flops_utilization < 0.76
+
+
+def test_without_rates_a_plan_has_no_speed_and_hours_do_not_bind() -> None:
+    plan = plan_for({"budget": {"max_hours": 0.001}}, make_gpu("H100 80GB", rates=None))
+    assert plan.fits and plan.speed is None
+    assert any("budget.max_hours: how fast H100 80GB is is not known" in text for text in plan.warnings)
+
+
+def test_hours_that_no_candidate_keeps_are_the_reason_and_the_advice() -> None:
+    tables = {"budget": {"max_hours": 0.01}, "train": {"max_steps": 1000}, "method": {"kind": "lora"}}
+    plan = plan_for(tables, make_gpu("H100 80GB"))
+    assert not plan.fits
+    late = [one for one in plan.rejected if one.component == "time"]
+    assert late and late[0].needed_seconds is not None and late[0].needed_seconds > 36
+    assert "36 s in budget.max_hours: 1,000 steps of" in late[0].reason
+    assert any("train.max_steps = " in text and "would fit budget.max_hours" in text for text in plan.advice)
+
+
+def test_a_method_that_is_too_slow_gives_way_to_the_next() -> None:
+    device = make_gpu("H100 80GB")
+    tables: dict[str, Any] = {"train": {"max_steps": 2000}, "model": {"id": "llama-3.1-8b"}}
+    alone = {
+        kind: make_plan(make_inputs({**tables, "method": {"kind": kind}}, device)).speed for kind in ("qlora", "lora")
+    }
+    qlora, lora = (speed.total_seconds for speed in alone.values() if speed is not None and speed.total_seconds)
+    assert lora < qlora, "it does not dequantise"
+    order = {"prefer": ["qlora", "lora"]}
+    for seconds, method in ((2 * qlora, "qlora"), ((lora + qlora) / 2, "lora")):
+        plan = make_plan(make_inputs({**tables, "method": order, "budget": {"max_hours": seconds / 3600}}, device))
+        assert plan.fits and plan.strategy.method == method
+    assert "time" in {one.component for one in plan.rejected if one.strategy.method == "qlora"}
+
+
+def test_of_equally_fast_plans_the_one_with_the_less_lossy_optimizer_and_head_wins() -> None:
+    plan = plan_for({"method": {"kind": "lora"}}, make_gpu("H100 80GB"))
+    assert (plan.strategy.optimizer, plan.strategy.loss_head) == ("adamw", "full")
+
+
+def test_hours_without_the_number_of_steps_do_not_bind_and_the_plan_says_so() -> None:
+    plan = plan_for({"budget": {"max_hours": 0.001}}, make_gpu("H100 80GB"), rows=None)
+    assert plan.fits and plan.speed is not None and plan.speed.total_seconds is None
+    assert any("without the rows the number of steps is not known" in text for text in plan.warnings)
