@@ -84,6 +84,10 @@ class DataTable(Table):
     """Training rows: a file, a folder, a pattern such as "data/*.jsonl", else a hub id; or a list of such sources."""
     eval: Text | Annotated[float, Field(gt=0, lt=1)] | Sources | None = None
     """Held-out rows, written as in `train`; or the fraction of the training rows to hold out, above 0 and below 1."""
+    forgetting: Text | Sources | None = None
+    """Rows of another task, written as in `train`: their loss before and after shows what training made it forget."""
+    max_forgotten: Annotated[float, Field(gt=0, le=1e6)] = 0.1
+    """Share by which the perplexity of these rows may rise before the run warns, above 0."""
     format: DataFormat = "auto"
     """Form of the rows; auto: seen from the first row's keys."""
     columns: Columns | None = None
@@ -111,12 +115,12 @@ class DataTable(Table):
             raise ValueError("give every source a weight, or none")
         return train
 
-    @field_validator("eval")
+    @field_validator("eval", "forgetting")
     @classmethod
-    def _check_unweighted(cls, eval: str | float | tuple[DataSource, ...] | None) -> object:
-        if isinstance(eval, tuple) and any(source.weight is not None for source in eval):
+    def _check_unweighted(cls, written: str | float | tuple[DataSource, ...] | None) -> object:
+        if isinstance(written, tuple) and any(source.weight is not None for source in written):
             raise ValueError("held-out sources have no weight: every row is evaluated once")
-        return eval
+        return written
 
 
 class MethodTable(Table):

@@ -41,6 +41,7 @@ class History:
 
     before:          held-out loss before the training, None without held-out rows
     answer_before:   answer to the held-out question before it
+    forgetting_before: loss of the rows of another task before it, None without any
     best:            the best held-out loss, None before the first one
     worse_in_a_row:  evaluations since then
     evaluated_step:  the last step that was evaluated, None before the first one
@@ -49,6 +50,7 @@ class History:
 
     before: float | None = None
     answer_before: str | None = None
+    forgetting_before: float | None = None
     best: Best | None = None
     worse_in_a_row: int = 0
     evaluated_step: int | None = None

@@ -25,7 +25,7 @@ class TokenizedData:
 
     tokenizer:   with a chat template, the default one where the model has none
     default_template: whether that default was needed
-    train, eval: tokenised rows; eval is None without held-out rows
+    train, eval, forgetting: tokenised rows; None without held-out rows, or rows of another task
     unpacked:    the training rows before they were packed; `train` itself where nothing is packed
     eval_rows:   the held-out rows as text
     """
@@ -34,8 +34,14 @@ class TokenizedData:
     default_template: bool
     train: TokenizedRows
     eval: TokenizedRows | None
+    forgetting: TokenizedRows | None
     unpacked: TokenizedRows
     eval_rows: tuple[Row, ...]
+
+    @property
+    def longest_row_tokens(self) -> int:
+        """Of everything that the model sees: training, held-out rows, rows of another task."""
+        return max(one.longest_row_tokens for one in (self.train, self.eval, self.forgetting) if one is not None)
 
 
 def make_settings(table: DataTable) -> TokenSettings:
@@ -53,12 +59,16 @@ def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTok
         from .packing import pack_rows
 
         packed = pack_rows(train)
-    held_out = tokenize_sources(loaded.eval, tokenizer, settings) if loaded.eval else None
+    held_out, other = (
+        tokenize_sources(sources, tokenizer, settings) if sources else None
+        for sources in (loaded.eval, loaded.forgetting)
+    )
     return TokenizedData(
         tokenizer=tokenizer,
         default_template=default_template,
         train=packed,
         eval=held_out,
+        forgetting=other,
         unpacked=train,
         eval_rows=tuple(loaded.eval_rows),
     )

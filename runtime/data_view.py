@@ -23,7 +23,8 @@ def render_data(report: DataReport, console: Console) -> None:
     """Print a data check."""
     console.print(_render_sources(report))
     console.print()
-    for name, facts in (("training rows", report.train), ("held-out rows", report.eval)):
+    sets = (("training rows", report.train), ("held-out rows", report.eval), ("another task", report.forgetting))
+    for name, facts in sets:
         if facts is not None:
             console.print(_render_set(name, facts, report))
             console.print()
@@ -74,6 +75,8 @@ def _render_sources(report: DataReport) -> RenderableType:
         _add_source(table, source, f"{source.epoch_rows:,} ({source.epoch_rows / drawn:.0%})")
     for source in report.held_out:
         _add_source(table, source, "held out")
+    for source in report.forgetting_sources:
+        _add_source(table, source, "another task")
     return table
 
 

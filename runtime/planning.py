@@ -95,8 +95,7 @@ class Job:
         if "data" not in vars(self) and not has_local_tokenizer(self.source):
             why = "the model's tokenizer is not here yet"
             return DataFacts(rows=len(self.rows.train_rows), longest_row_tokens=longest, source=f"{assumed}: {why}")
-        tokens = [self.data.train] + ([] if self.data.eval is None else [self.data.eval])
-        width = padded_width(max(one.longest_row_tokens for one in tokens), max_length=longest)
+        width = padded_width(self.data.longest_row_tokens, max_length=longest)
         return DataFacts(rows=self.data.train.epoch_rows, longest_row_tokens=width, source="the longest row, tokenised")
 
     def _find_missing_data(self) -> str | None:
@@ -210,8 +209,7 @@ def _describe_device(plan: Plan) -> str:
 
 def check_data_fits_plan(job: Job, plan: Plan) -> None:
     """PlanError where the dataset has a longer row than the plan allows for."""
-    data = job.data
-    longest = max(one.longest_row_tokens for one in (data.train, data.eval) if one is not None)
+    longest = job.data.longest_row_tokens
     if longest > plan.data.sequence_length:
         raise PlanError(
             f"stale: the plan allows for rows of {plan.data.sequence_length:,} tokens, the dataset's longest has "
@@ -231,4 +229,5 @@ def validate_job(job: Job) -> str:
     return (
         f"{source.id} ({source.kind}), {len(loaded.train_rows):,} rows to train on ({formats}), "
         f"{len(loaded.eval_rows):,} held out"
+        + (f", {sum(len(one.rows) for one in loaded.forgetting):,} of another task" if loaded.forgetting else "")
     )

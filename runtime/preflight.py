@@ -139,6 +139,7 @@ class DataReport(Value):
     recipe:    the recipe's path
     max_length: data.max_length, tokens
     packed:    rows that the training sequences were packed into, None where they are not
+    forgetting_sources, forgetting: the sources and rows of another task (data.forgetting); None without
     leak:      None without held-out rows
     problems:  why a run is refused; empty where it is not
     notes:     what else should be known
@@ -151,6 +152,8 @@ class DataReport(Value):
     held_out: tuple[SourceFacts, ...]
     train: SetFacts
     eval: SetFacts | None
+    forgetting_sources: tuple[SourceFacts, ...] = ()
+    forgetting: SetFacts | None = None
     packed: int | None
     leak: Leak | None
     samples: tuple[SampleSequence, ...]
@@ -175,6 +178,10 @@ def check_data(recipe: str, table: DataTable, loaded: LoadedRows, data: Tokenize
     twins = _find_twins(loaded)
     train = _make_facts(data.unpacked, duplicates=len(twins.repeated))
     held_out = None if data.eval is None else _make_facts(data.eval, duplicates=len(twins.repeated_held_out))
+    other = [row for source in loaded.forgetting for row in source.rows]
+    forgetting = None
+    if data.forgetting is not None:
+        forgetting = _make_facts(data.forgetting, duplicates=len(_list_repeated(other, {})))
     return DataReport(
         recipe=recipe,
         max_length=table.max_length,
@@ -182,11 +189,16 @@ def check_data(recipe: str, table: DataTable, loaded: LoadedRows, data: Tokenize
         held_out=() if data.eval is None else tuple(_list_sources(loaded.eval, data.eval)),
         train=train,
         eval=held_out,
+        forgetting_sources=() if data.forgetting is None else tuple(_list_sources(loaded.forgetting, data.forgetting)),
+        forgetting=forgetting,
         packed=len(data.train) if table.packing else None,
         leak=twins.leak,
         samples=tuple(_draw_samples(loaded.train_rows, data.tokenizer, table, seed)),
         problems=tuple(_list_problems(table, train, held_out, twins.leak)),
-        notes=tuple(_list_notes(table, loaded, data, train, held_out, twins)),
+        notes=(
+            *_list_notes(table, loaded, data, train, held_out, twins),
+            *_list_forgetting_notes(table, loaded, forgetting),
+        ),
     )
 
 
@@ -345,10 +357,23 @@ def _list_notes(
         )
     if twins.leak is not None and twins.leak.same_question:
         yield f"{twins.leak.same_question:,} held-out rows ask what a training row asks, with another answer"
-    for source in (*loaded.train, *loaded.eval):
+    for source in (*loaded.train, *loaded.eval, *loaded.forgetting):
         if source.unread:
             listed = ", ".join(f"{name} ({rows:,} rows)" for name, rows in sorted(source.unread.items())[:8])
             yield f"{source.name}: not read: {listed}"
+
+
+def _list_forgetting_notes(table: DataTable, loaded: LoadedRows, facts: SetFacts | None) -> Iterable[str]:
+    if facts is None:
+        return
+    yield from _list_counts("data.forgetting", facts, table)
+    trained = {_digest(normalize(row)) for row in loaded.train_rows}
+    both = sum(_digest(normalize(row)) in trained for source in loaded.forgetting for row in source.rows)
+    if both:
+        yield (
+            f"{both:,} of {facts.rows:,} rows of data.forgetting are trained on: they cannot show what is forgotten; "
+            "hold them out"
+        )
 
 
 def _list_counts(name: str, facts: SetFacts, table: DataTable) -> Iterable[str]:

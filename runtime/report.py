@@ -21,6 +21,7 @@ from ..planner.strategy import Value
 from ..recipes.errors import RunError
 from ..recipes.units import format_bytes
 from .data_view import describe_data
+from .forgetting import Forgetting, render_forgetting
 from .preflight import DataReport
 from .rundir import PLAN_NAME, REPORT_NAME
 from .shown import show_text
@@ -125,6 +126,7 @@ class RunReport(Value):
     lost_steps:    steps that were done again since they came after the last checkpoint
     best_step:     after it the held-out loss was the best, None where it was measured at the end only
     checkpoints:   that lay beside the result when it was written
+    forgetting: rows of another task, before and after; None without any, or where a signal ended the run
     data:      the data check that the run began with; None in a report of an earlier version
     """
 
@@ -145,6 +147,7 @@ class RunReport(Value):
     lost_steps: int = Field(default=0, ge=0)
     best_step: int | None = None
     checkpoints: int = Field(default=0, ge=0)
+    forgetting: Forgetting | None = None
     data: DataReport | None = None
 
 
@@ -166,6 +169,9 @@ def load_report(run: Path) -> tuple[Plan, RunReport]:
 def make_report_json(plan: Plan, report: RunReport) -> str:
     """One JSON object: the report, with the predicted memory beside the measured one, in all and by phase."""
     document = report.model_dump(mode="json")
+    if report.forgetting is not None:
+        figures = ("perplexity_before", "perplexity_after", "rise", "warning")
+        document["forgetting"] |= {name: getattr(report.forgetting, name) for name in figures}
     document["predicted"] = plan.memory.model_dump(mode="json")
     document["phases"] = [one.model_dump(mode="json") for one in list_phase_peaks(plan, report)]
     return json.dumps(document, allow_nan=False)
@@ -195,13 +201,15 @@ def render_report(plan: Plan, report: RunReport, console: Console) -> None:
     console.print(
         Panel(
             _render_result(plan, report),
-            title=f"Run of [bold]{escape(report.recipe)}[/bold]: {report.status}",
+            title=f"Run of [bold]{escape(show_text(report.recipe))}[/bold]: {report.status}",
             title_align="left",
         )
     )
     console.print(_render_memory(plan, report))
     for event in report.events:
-        console.print(Text.assemble(("note: ", "yellow"), str(event["message"])))
+        console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
+    if report.forgetting is not None and report.forgetting.warning is not None:
+        console.print(Text.assemble(("warning: ", "bold yellow"), report.forgetting.warning))
 
 
 def _render_result(plan: Plan, report: RunReport) -> Group:
@@ -212,6 +220,8 @@ def _render_result(plan: Plan, report: RunReport) -> Group:
         style = "bold green" if loss.after < loss.before else "bold red"
         text = f"{loss.before:.3f} -> {loss.after:.3f} ({change:+.1f} %)"
         lines.append(Text.assemble("held-out loss  ", (text, style)))
+    if report.forgetting is not None:
+        lines.append(render_forgetting(report.forgetting))
     if loss.first is not None and loss.last is not None:
         lines.append(Text(f"training loss  {loss.first:.3f} -> {loss.last:.3f} in {speed.steps} steps"))
     if speed.tokens_per_second is not None:

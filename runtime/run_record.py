@@ -79,7 +79,7 @@ class RunRecord(Value):
 
     recipe:        the recipe with its defaults
     config_sha256: digest of the model's config
-    train, eval:   the rows; eval is None without held-out rows
+    train, eval, forgetting: the rows; None without held-out rows, or rows of another task
     template:      the chat template, None without one
     sessions:      in order
     failure:       of the last session, None where there was none that is known
@@ -90,6 +90,7 @@ class RunRecord(Value):
     config_sha256: str
     train: Rows
     eval: Rows | None
+    forgetting: Rows | None = None
     template: str | None
     sessions: tuple[Session, ...] = ()
     failure: Failure | None = None
@@ -103,6 +104,7 @@ def make_record(job: Job) -> RunRecord:
         config_sha256=job.source.config_sha256,
         train=_digest_rows(data.train),
         eval=None if data.eval is None else _digest_rows(data.eval),
+        forgetting=None if data.forgetting is None else _digest_rows(data.forgetting),
         template=_find_template(data.tokenizer),
     )
 
@@ -145,6 +147,7 @@ def list_changes(then: RunRecord, now: RunRecord, *, replan: bool) -> list[str]:
         changes.append(f"the chat template changed:\n{_show_difference(then.template, now.template)}")
     changes += _compare_rows("training rows", then.train, now.train)
     changes += _compare_rows("held-out rows", then.eval, now.eval)
+    changes += _compare_rows("rows of another task", then.forgetting, now.forgetting)
     return changes
 
 

@@ -42,10 +42,12 @@ class LoadedRows:
 
     train:  to train on; 1 source or more
     eval:   held out; none where `data.eval` is unset
+    forgetting: of another task; none where `data.forgetting` is unset
     """
 
     train: tuple[SourceRows, ...]
     eval: tuple[SourceRows, ...] = ()
+    forgetting: tuple[SourceRows, ...] = ()
 
     @property
     def train_rows(self) -> list[Row]:
@@ -68,7 +70,7 @@ def load_rows(table: DataTable, resolve: Resolve, *, seed: int = 0) -> LoadedRow
         train = [replace(source, rows=rest) for source, (rest, _) in zip(train, pairs, strict=True)]
     elif table.eval is not None:
         held_out = load_eval_rows(table, resolve)
-    return LoadedRows(train=tuple(train), eval=tuple(held_out))
+    return LoadedRows(train=tuple(train), eval=tuple(held_out), forgetting=tuple(_load_forgetting(table, resolve)))
 
 
 def load_eval_rows(table: DataTable, resolve: Resolve) -> list[SourceRows]:
@@ -76,6 +78,15 @@ def load_eval_rows(table: DataTable, resolve: Resolve) -> list[SourceRows]:
     if table.eval is None or isinstance(table.eval, float):
         return []
     return [_load(source, table, resolve, EVAL_SPLITS) for source in list_sources(table.eval, table)]
+
+
+def _load_forgetting(table: DataTable, resolve: Resolve) -> Iterator[SourceRows]:
+    """The rows of another task: of its own format and columns, and without `data.system`."""
+    written = table.forgetting
+    listed = [DataSource(path=written)] if isinstance(written, str) else written or ()
+    bare = table.model_copy(update={"system": None})
+    for source in listed:
+        yield _load(source, bare, resolve, EVAL_SPLITS)
 
 
 def find_absent(table: DataTable, resolve: Resolve) -> str | None:

@@ -24,6 +24,7 @@ from .build import BuiltModel
 from .checkpoint_content import History, restore_training, restore_weights
 from .checkpoints import CheckpointStore
 from .evaluate import answer, evaluate
+from .forgetting import make_forgetting
 from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
 from .keeper import Keeper
 from .live import LiveLine
@@ -42,7 +43,7 @@ from .rundir import REPORT_NAME, RunDirectory
 from .save import count_file_bytes, free_memory
 from .session import METRICS_NAME, SAMPLES_NAME, open_session, record_failure
 from .signals import StopSignals, find_signal
-from .tokens import find_stop_token_ids
+from .tokens import TokenizedRows, find_stop_token_ids
 from .tracker import JsonLinesTracker
 from .versions import find_versions
 
@@ -105,6 +106,7 @@ class Run:
             limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
         self.tokenizer: Any = job.data.tokenizer
         self.results = Results(job, plan, directory, base_folder)
+        self.forgetting_after: float | None = None
 
     def _say(self, text: str) -> None:
         self.console.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
@@ -147,6 +149,7 @@ class Run:
         if self.session.checkpoint is None:
             meter.enter("evaluate")
             self.history.before = self._evaluate(built)
+            self.history.forgetting_before = self._evaluate_forgetting(built)
             self.history.answer_before = self._answer(built, question)
         loop = self._make_loop(built, meter)
         status = self._train(built, loop, meter)
@@ -218,6 +221,7 @@ class Run:
             after = self._evaluate(built)
             if self.keeper.restore_best(built, self.history, self.progress.step) and self.history.best is not None:
                 after = self.history.best.loss
+            self.forgetting_after = self._evaluate_forgetting(built)
             return status, after, self._answer(built, question)
         except KeyboardInterrupt as interruption:
             return self._stop(built, loop, meter, interruption), None, None
@@ -264,18 +268,27 @@ class Run:
 
     def _evaluate(self, built: BuiltModel) -> float | None:
         """The held-out loss after the steps so far, None without held-out rows."""
-        held_out, step = self.job.data.eval, self.progress.step
-        if held_out is None:
+        loss, step = self._measure(built, self.job.data.eval, "eval_loss", "held-out loss"), self.progress.step
+        if loss is not None and step > 0:
+            self.history.add(loss, step)
+        return loss
+
+    def _evaluate_forgetting(self, built: BuiltModel) -> float | None:
+        """The loss of the rows of another task after the steps so far, None without any."""
+        return self._measure(built, self.job.data.forgetting, "forgetting_loss", "loss of data.forgetting")
+
+    def _measure(self, built: BuiltModel, rows: TokenizedRows | None, name: str, what: str) -> float | None:
+        """The loss of some rows, logged under a name; RunError where it is not finite."""
+        if rows is None:
             return None
-        loss = evaluate(built, held_out, self.strategy, self.device)
+        step = self.progress.step
+        loss = evaluate(built, rows, self.strategy, self.device)
         if not math.isfinite(loss):
             raise RunError(
-                f"the held-out loss is {loss} after {step} steps: the run stopped without saving its weights; "
-                "lower train.learning_rate, or look at the held-out rows"
+                f"the {what} is {loss} after {step} steps: the run stopped without saving its weights; "
+                "lower train.learning_rate, or look at those rows"
             )
-        self.accelerator.log({"eval_loss": loss}, step=step)
-        if step > 0:
-            self.history.add(loss, step)
+        self.accelerator.log({name: loss}, step=step)
         return loss
 
     def _find_question(self) -> Row | None:
@@ -316,5 +329,11 @@ class Run:
             lost_steps=sum(one.lost_steps for one in resumed),
             best_step=None if self.history.best is None else self.history.best.step,
             checkpoints=len(self.keeper.store.list_steps()),
+            forgetting=make_forgetting(
+                self.job.data,
+                self.history.forgetting_before,
+                self.forgetting_after,
+                allowed=self.recipe.data.max_forgotten,
+            ),
             data=self.job.data_report,
         )

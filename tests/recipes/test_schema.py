@@ -13,6 +13,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"revision": None, "dtype": "auto", "attention": "sdpa", "trust_remote_code": False},
     "data": {
         "eval": None,
+        "forgetting": None,
+        "max_forgotten": 0.1,
         "format": "auto",
         "columns": None,
         "max_length": 2048,
