@@ -104,6 +104,8 @@ class DataTable(Table):
     """What is trained: the assistant's answers (of completions the completion), the last answer, or every token."""
     packing: bool = False
     """Whether short rows are put together into rows of max_length."""
+    streaming: bool = False
+    """Whether rows are read and tokenised in the run, for sets larger than memory; needs train.max_steps."""
     system: Prompt | None = None
     """System prompt for rows that have none."""
 
@@ -114,6 +116,22 @@ class DataTable(Table):
         if None in weights and any(weights):
             raise ValueError("give every source a weight, or none")
         return train
+
+    @field_validator("streaming")
+    @classmethod
+    def _check_streaming(cls, streaming: bool, info: ValidationInfo) -> bool:
+        if not streaming:
+            return streaming
+        if info.data.get("packing"):
+            raise ValueError("excludes data.packing: how many rows fit together is not known before all are read")
+        if info.data.get("overlong") == "split":
+            raise ValueError('excludes data.overlong = "split": allowed are truncate, drop')
+        if isinstance(info.data.get("eval"), float):
+            raise ValueError("excludes a fraction in data.eval: name a file of held-out rows")
+        train = info.data.get("train")
+        if isinstance(train, tuple) and len(train) > 1 and train[0].weight is None:
+            raise ValueError("of several sources needs their weights: how many rows they have is not known")
+        return streaming
 
     @field_validator("eval", "forgetting")
     @classmethod
@@ -293,7 +311,7 @@ class Recipe(Table):
     data: DataTable
     method: MethodTable = Field(default_factory=MethodTable)
     budget: BudgetTable = Field(default_factory=BudgetTable)
-    train: TrainTable = Field(default_factory=TrainTable)
+    train: TrainTable = Field(default_factory=TrainTable, validate_default=True)
     output: OutputTable = Field(default_factory=OutputTable)
 
     @field_validator("train")
@@ -302,6 +320,14 @@ class Recipe(Table):
         data = info.data.get("data")
         if train.early_stopping_patience is not None and data is not None:
             _check_evaluates("early_stopping_patience", data, train)
+        return train
+
+    @field_validator("train")
+    @classmethod
+    def _check_end(cls, train: TrainTable, info: ValidationInfo) -> TrainTable:
+        data = info.data.get("data")
+        if data is not None and data.streaming and train.max_steps is None:
+            raise ValueError("data.streaming does not know how many rows there are: give max_steps")
         return train
 
     @field_validator("output")

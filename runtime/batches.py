@@ -11,12 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .step import MicroBatch
+    from .streaming import StreamedRows
     from .tokens import TokenizedRow, TokenizedRows
 
 UNTRAINED = -100
@@ -62,7 +64,7 @@ def epoch_order(rows: int, *, epoch: int, seed: int) -> list[int]:
 
 
 def iterate_batches(
-    tokenized: TokenizedRows,
+    tokenized: TokenizedRows | StreamedRows,
     *,
     global_batch_size: int,
     micro_batch_size: int,
@@ -75,17 +77,41 @@ def iterate_batches(
 
     done_steps: how many of them were trained on before: the first one is the next, the same as without an interruption
     """
-    rows = tokenized.epoch_rows
-    steps = count_steps(rows, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
-    per_epoch = -(-rows // global_batch_size)
+    from .streaming import StreamedRows
+
+    if isinstance(tokenized, StreamedRows):
+        chosen = _stream_rows(tokenized, global_batch_size, seed=seed, done_steps=done_steps)
+        steps = count_steps(0, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
+    else:
+        chosen = _draw_rows(tokenized, global_batch_size, seed=seed, done_steps=done_steps)
+        rows = tokenized.epoch_rows
+        steps = count_steps(rows, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)
+    for step, (epoch, rows_of_step) in zip(range(done_steps, steps), chosen, strict=False):
+        yield _make_global_batch(tokenized, rows_of_step, micro_batch_size, step=step + 1, epoch=epoch)
+
+
+def _draw_rows(
+    tokenized: TokenizedRows, global_batch_size: int, *, seed: int, done_steps: int
+) -> Iterator[tuple[int, list[TokenizedRow]]]:
+    """(epoch, rows) of each step after the first `done_steps`, without end."""
+    per_epoch = -(-tokenized.epoch_rows // global_batch_size)
     order: list[int] = []
-    for step in range(done_steps, steps):
+    for step in count(done_steps):
         epoch, position = divmod(step, per_epoch)
         if position == 0 or step == done_steps:
             drawn = tokenized.draw_epoch(epoch=epoch, seed=seed)
             order = [drawn[index] for index in epoch_order(len(drawn), epoch=epoch, seed=seed)]
         chosen = order[position * global_batch_size : (position + 1) * global_batch_size]
-        yield _make_global_batch(tokenized, chosen, micro_batch_size, step=step + 1, epoch=epoch)
+        yield epoch, [tokenized.rows[index] for index in chosen]
+
+
+def _stream_rows(
+    stream: StreamedRows, global_batch_size: int, *, seed: int, done_steps: int
+) -> Iterator[tuple[int, list[TokenizedRow]]]:
+    """(pass over the source of the first row, rows) of each step after the first `done_steps`, without end."""
+    positions = stream.iterate(start=done_steps * global_batch_size, seed=seed)
+    while chosen := list(islice(positions, global_batch_size)):
+        yield chosen[0][0], [row for _, row in chosen]
 
 
 def iterate_eval_batches(tokenized: TokenizedRows, *, micro_batch_size: int) -> Iterator[MicroBatch]:
@@ -134,9 +160,13 @@ def _split_by_length(rows: Sequence[TokenizedRow], micro_batch_size: int) -> Ite
 
 
 def _make_global_batch(
-    tokenized: TokenizedRows, chosen: Sequence[int], micro_batch_size: int, *, step: int, epoch: int
+    tokenized: TokenizedRows | StreamedRows,
+    rows: Sequence[TokenizedRow],
+    micro_batch_size: int,
+    *,
+    step: int,
+    epoch: int,
 ) -> GlobalBatch:
-    rows = [tokenized.rows[index] for index in chosen]
     micro_batches = tuple(
         make_micro_batch(part, pad_token_id=tokenized.pad_token_id, max_length=tokenized.max_length)
         for part in _split_by_length(rows, micro_batch_size)

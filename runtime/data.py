@@ -10,7 +10,8 @@ from ..recipes.errors import DataError
 from ..recipes.schema import DataTable
 from .mixture import Part
 from .rows import Row
-from .sources import LoadedRows, SourceRows
+from .sources import LoadedRows, Resolve, SourceRows
+from .streaming import StreamedRows
 from .templates import ensure_chat_template
 from .token_cache import find_key, load_tokens, save_tokens
 from .tokens import Counts, RowTokenizer, TokenizedRow, TokenizedRows, TokenSettings, check_not_empty, find_pad_token_id
@@ -28,6 +29,7 @@ class TokenizedData:
     train, eval, forgetting: tokenised rows; None without held-out rows, or rows of another task
     unpacked:    the training rows before they were packed; `train` itself where nothing is packed
     eval_rows:   the held-out rows as text
+    stream:      where the training rows come from with data.streaming; `train` are the first of them then
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,6 +39,7 @@ class TokenizedData:
     forgetting: TokenizedRows | None
     unpacked: TokenizedRows
     eval_rows: tuple[Row, ...]
+    stream: StreamedRows | None = None
 
     @property
     def longest_row_tokens(self) -> int:
@@ -49,12 +52,16 @@ def make_settings(table: DataTable) -> TokenSettings:
     return TokenSettings(max_length=table.max_length, overlong=table.overlong, train_on=table.train_on)
 
 
-def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
+def tokenize_data(
+    table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase, resolve: Resolve
+) -> TokenizedData:
     """The rows of `[data]` as tokens; a tokenizer without a chat template gets the default one."""
     default_template = ensure_chat_template(tokenizer)
     settings = make_settings(table)
     train = tokenize_sources(loaded.train, tokenizer, settings)
-    packed = train
+    packed, stream = train, None
+    if table.streaming:
+        stream = StreamedRows(table=table, resolve=resolve, tokenizer=tokenizer, settings=settings)
     if table.packing:
         from .packing import pack_rows
 
@@ -71,6 +78,7 @@ def tokenize_data(table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTok
         forgetting=other,
         unpacked=train,
         eval_rows=tuple(loaded.eval_rows),
+        stream=stream,
     )
 
 

@@ -72,7 +72,8 @@ def _render_sources(report: DataReport) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     drawn = sum(source.epoch_rows for source in report.sources)
     for source in report.sources:
-        _add_source(table, source, f"{source.epoch_rows:,} ({source.epoch_rows / drawn:.0%})")
+        share = f"({source.epoch_rows / drawn:.0%})"
+        _add_source(table, source, "streamed" if report.streamed else f"{source.epoch_rows:,} {share}")
     for source in report.held_out:
         _add_source(table, source, "held out")
     for source in report.forgetting_sources:

@@ -71,7 +71,7 @@ class TrainingLoop:
         size, epochs, max_steps = train.global_batch_size, train.epochs, train.max_steps
         self.steps = count_steps(rows.epoch_rows, global_batch_size=size, epochs=epochs, max_steps=max_steps)
         self.batches = iterate_batches(
-            rows,
+            job.data.stream or rows,
             global_batch_size=size,
             micro_batch_size=strategy.micro_batch_size,
             seed=train.seed,

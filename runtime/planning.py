@@ -74,7 +74,7 @@ class Job:
         recipe = self.recipe_file.recipe
         loaded = self.rows
         tokenizer = load_tokenizer(self.source, trust_remote_code=recipe.model.trust_remote_code)
-        return tokenize_data(recipe.data, loaded, tokenizer)
+        return tokenize_data(recipe.data, loaded, tokenizer, self.recipe_file.resolve)
 
     @cached_property
     def data_report(self) -> DataReport:
@@ -89,6 +89,8 @@ class Job:
         assumed = f"planned for rows of data.max_length = {longest:,} tokens"
         if quick:
             return DataFacts(longest_row_tokens=longest, source=f"{assumed}: --quick does not read the dataset")
+        if recipe.data.streaming:
+            return DataFacts(longest_row_tokens=longest, source=f"{assumed}: data.streaming reads them in the run")
         missing = self._find_missing_data()
         if missing is not None:
             return DataFacts(longest_row_tokens=longest, source=f"{assumed}: {missing}")
@@ -226,8 +228,9 @@ def validate_job(job: Job) -> str:
         find_gpu(recipe.budget.gpu)
     loaded = job.rows
     formats = ", ".join(dict.fromkeys(source.format for source in loaded.train))
+    read = " of a stream" if recipe.data.streaming else ""
     return (
-        f"{source.id} ({source.kind}), {len(loaded.train_rows):,} rows to train on ({formats}), "
+        f"{source.id} ({source.kind}), {len(loaded.train_rows):,} rows{read} to train on ({formats}), "
         f"{len(loaded.eval_rows):,} held out"
         + (f", {sum(len(one.rows) for one in loaded.forgetting):,} of another task" if loaded.forgetting else "")
     )

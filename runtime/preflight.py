@@ -19,7 +19,7 @@ from .batches import UNTRAINED
 from .data import TokenizedData, make_settings
 from .mixture import count_draws
 from .rows import Row
-from .sources import LoadedRows, SourceRows, normalize
+from .sources import STREAM_HEAD_ROWS, LoadedRows, SourceRows, normalize
 from .tokens import Counts, RowTokenizer, TokenizedRow, TokenizedRows
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class DataReport(Value):
 
     recipe:    the recipe's path
     max_length: data.max_length, tokens
+    streamed:  whether the rows are the first of each source only, since data.streaming reads them in the run
     packed:    rows that the training sequences were packed into, None where they are not
     forgetting_sources, forgetting: the sources and rows of another task (data.forgetting); None without
     leak:      None without held-out rows
@@ -154,6 +155,7 @@ class DataReport(Value):
     eval: SetFacts | None
     forgetting_sources: tuple[SourceFacts, ...] = ()
     forgetting: SetFacts | None = None
+    streamed: bool = False
     packed: int | None
     leak: Leak | None
     samples: tuple[SampleSequence, ...]
@@ -191,6 +193,7 @@ def check_data(recipe: str, table: DataTable, loaded: LoadedRows, data: Tokenize
         eval=held_out,
         forgetting_sources=() if data.forgetting is None else tuple(_list_sources(loaded.forgetting, data.forgetting)),
         forgetting=forgetting,
+        streamed=table.streaming,
         packed=len(data.train) if table.packing else None,
         leak=twins.leak,
         samples=tuple(_draw_samples(loaded.train_rows, data.tokenizer, table, seed)),
@@ -344,6 +347,8 @@ def _list_notes(
     held_out: SetFacts | None,
     twins: _Twins,
 ) -> Iterable[str]:
+    if table.streaming:
+        yield f"data.streaming: the first {STREAM_HEAD_ROWS:,} rows of each source were looked at, not those after them"
     if data.default_template:
         yield "the tokenizer has no chat template: ChatML is used, and saved with the result"
     for name, facts in (("training", train), ("held-out", held_out)):

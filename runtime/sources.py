@@ -6,13 +6,16 @@ import random
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from ..recipes.errors import DataError
 from ..recipes.schema import DataSource, DataTable
-from .readers import Record
 from .records import EVAL_SPLITS, TRAIN_SPLITS, Dataset, is_here, load_records
 from .rows import Message, Row, RowParser
+
+STREAM_HEAD_ROWS = 1000
+"""Rows of a streamed source that are read before the run, to check them."""
 
 Resolve = Callable[[str], Path]
 """From a path as the recipe writes it to the path that it means."""
@@ -61,7 +64,10 @@ class LoadedRows:
 
 
 def load_rows(table: DataTable, resolve: Resolve, *, seed: int = 0) -> LoadedRows:
-    """The rows of `[data]`; a fraction in `data.eval` is held out of each source."""
+    """The rows of `[data]`; a fraction in `data.eval` is held out of each source.
+
+    Of a source that is streamed only the first STREAM_HEAD_ROWS are read: the data check and the plan look at them.
+    """
     train = [_load(source, table, resolve, TRAIN_SPLITS) for source in list_sources(table.train, table)]
     held_out = list[SourceRows]()
     if isinstance(table.eval, float):
@@ -130,7 +136,8 @@ def open_source(
 
 def _load(source: DataSource, table: DataTable, resolve: Resolve, splits: Sequence[str]) -> SourceRows:
     parser, dataset = open_source(source, table, resolve, splits)
-    rows = tuple(_parse(parser, dataset))
+    head = STREAM_HEAD_ROWS if table.streaming and splits is TRAIN_SPLITS else None
+    rows = tuple(_parse(parser, dataset, head=head))
     if table.system is not None:
         rows = add_system(rows, table.system)
     return SourceRows(
@@ -138,8 +145,9 @@ def _load(source: DataSource, table: DataTable, resolve: Resolve, splits: Sequen
     )
 
 
-def _parse(parser: RowParser, dataset: Dataset) -> Iterator[Row]:
-    records: Iterator[Record] = load_records(dataset)
+def _parse(parser: RowParser, dataset: Dataset, *, head: int | None = None) -> Iterator[Row]:
+    """The rows of a dataset, or the first `head` of them; DataError where there are none."""
+    records = islice(load_records(dataset, streaming=head is not None), head)
     empty = True
     for row in parser.parse(records):
         empty = False

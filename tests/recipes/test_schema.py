@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_leaked": 0.0,
         "train_on": "assistant",
         "packing": False,
+        "streaming": False,
         "system": None,
     },
     "method": {
@@ -193,6 +194,14 @@ def test_a_system_prompt_may_have_several_lines_and_a_path_may_not() -> None:
     [
         ('train = [{path = "a", weight = 1}, {path = "b"}]', "data.train: give every source a weight, or none"),
         ('train = "a"\neval = [{path = "a", weight = 1}]', "data.eval: held-out sources have no weight"),
+        (
+            'train = "a"\nstreaming = true',
+            "train: data.streaming does not know how many rows there are: give max_steps",
+        ),
+        ('train = "a"\nstreaming = true\npacking = true', "data.streaming: excludes data.packing"),
+        ('train = "a"\nstreaming = true\noverlong = "split"', 'data.streaming: excludes data.overlong = "split"'),
+        ('train = "a"\nstreaming = true\neval = 0.1', "data.streaming: excludes a fraction in data.eval"),
+        ('train = [{path = "a"}, {path = "b"}]\nstreaming = true', "data.streaming: of several sources needs their w"),
         ('train = "a"\ncolumns = {promt = "a"}', 'data.columns.promt: is not a key of [data.columns] (did you mean "p'),
         ('train = "a"\ncolumns = {prompt = 3}', "data.columns.prompt: 3 is not text"),
         ('train = "a"\ncolumns = "a"', 'data.columns: "a" is not a table'),

@@ -22,7 +22,7 @@ def write_texts(path: Path, *texts: str) -> None:
 
 def tokenize(folder: Path, **table: Any) -> TokenizedData:
     checked = DataTable.model_validate(table)
-    return tokenize_data(checked, load_rows(checked, lambda written: folder / written), build_tokenizer(CHATML))
+    return tokenize_data(checked, load_rows(checked, lambda written: folder / written), build_tokenizer(CHATML), Path)
 
 
 def test_a_mixture_is_drawn_by_weight_in_every_epoch(tmp_path: Path) -> None:

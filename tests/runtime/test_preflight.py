@@ -31,7 +31,7 @@ def question(text: str, answer: str = "Yes.") -> dict[str, str]:
 def check(folder: Path, template: str | None = CHATML, **table: Any) -> DataReport:
     checked = DataTable.model_validate({"train": "train.jsonl", "max_length": 64, **table})
     loaded = load_rows(checked, lambda written: folder / written)
-    data = tokenize_data(checked, loaded, build_tokenizer(template))
+    data = tokenize_data(checked, loaded, build_tokenizer(template), Path)
     return check_data("recipe.toml", checked, loaded, data, seed=0)
 
 
@@ -129,7 +129,7 @@ def test_a_conversation_that_nothing_ends_is_a_problem(tmp_path: Path) -> None:
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", eos=None
     )
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    report = check_data("recipe.toml", table, loaded, tokenize_data(table, loaded, tokenizer), seed=0)
+    report = check_data("recipe.toml", table, loaded, tokenize_data(table, loaded, tokenizer, Path), seed=0)
     assert report.problems[0].startswith("1 conversations do not end with a token that ends a turn")
 
 

@@ -80,6 +80,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {"method": {"kind": "lora", "dropout": 0.1}, "train": {"optimizer": "adamw_8bit"}},
     "paged": {"model": {"dtype": "bf16"}, "train": {"optimizer": "paged_adamw"}},
     "qlora": {"method": {"kind": "qlora"}, "model": {"dtype": "bf16"}},
+    "streaming": {"data": {"streaming": True}},
     "mixture": {"train": {"max_steps": None, "epochs": 3}},
     "fp16": {"method": {"kind": "lora"}},
 }
