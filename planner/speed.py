@@ -7,7 +7,7 @@ the host runs ahead of the device, a phase takes the longer of what the device c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field
@@ -19,6 +19,8 @@ from .strategy import Device, Rates, Value
 IDLE_SHARE = 0.15
 """Of its power limit that a board draws while it waits: some 100 of an H100's 700 W."""
 JOULES_PER_KWH = 3.6e6
+ATTENTION_BACKWARD_FACTOR = 2.5
+"""Products of attention's backward for each of its forward: scores again, and four gradients, beside two."""
 MICRO_BATCH_PHASES = ("forward", "backward")
 """Phases that every micro-batch has; the others come once a step."""
 
@@ -33,6 +35,7 @@ class Work:
     width:    bytes of an element: 4 computes at the fp32 rate
     head_dim, sequence: of attention
     backward: whether it is attention's backward
+    is_masked: whether attention reads a mask, which FlashAttention has no kernels for
     calls:    operations that the host starts for one of them
     times:    how many there are
     """
@@ -44,8 +47,13 @@ class Work:
     head_dim: int = 128
     sequence: int = 1
     backward: bool = False
+    is_masked: bool = False
     calls: float = 1.0
     times: float = 1.0
+
+    def repeat(self, times: float) -> Work:
+        """The same, so many times as often."""
+        return replace(self, times=times * self.times)
 
 
 class PhaseTime(Value):
@@ -130,7 +138,8 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
         return 0.0 if rates.host_bytes is None else work.bytes / rates.host_bytes
     rate = rates.half_flops
     if work.kind == "attention":
-        shares = ATTENTION_SHARES[rates.attention, work.backward]
+        kernels = "efficient" if work.is_masked and rates.attention == "flash" else rates.attention
+        shares = ATTENTION_SHARES[kernels, work.backward]
         size = next((one for one in shares if work.head_dim <= one), max(shares))
         rate = rates.peak_flops * shares[size] * work.sequence / (work.sequence + HALF_LENGTH)
     elif work.width >= 4:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
 from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
 from .model_shape import BlockShape, LinearShape, ModelShape
-from .speed import Work
+from .speed import ATTENTION_BACKWARD_FACTOR, Work
 from .strategy import DTYPE_BYTES, Dtype, Optimizer, Strategy
 
 NORM_BYTES = 36
@@ -198,7 +198,7 @@ def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backw
     flops = 4.0 * step.tokens * _attended(block, step.sequence) * width
     yield Work(
         kind="attention",
-        flops=flops * (2.5 if backward else 1.0),
+        flops=flops * (ATTENTION_BACKWARD_FACTOR if backward else 1.0),
         bytes=a * step.tokens * (4 * width if backward else 2 * width),
         head_dim=shape.head_dim,
         sequence=step.sequence,

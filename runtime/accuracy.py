@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..planner.catalog import find_gpu
 from ..planner.estimate import estimate_memory
 from ..planner.memory import Estimator, Memory
+from ..planner.rates import make_gpu_rates
 from ..planner.shape import is_known_family, make_shape
 from ..planner.strategy import Device, Strategy
 from .meta_shape import make_shape_of_model
@@ -113,24 +114,26 @@ class LeftOut:
 
 
 def make_strategy(row: Mapping[str, Any], layers: int) -> Strategy:
-    """The strategy that a measured row ran on a model of `layers` layers, knob by knob."""
+    """The strategy that a measured row ran on a model of `layers` layers; a row leaves out what it did not vary."""
     full = row["method"] == "full"
-    targets = row.get("lora_targets")
+    targets = row.get("lora_targets", "all-linear")
+    head = row["loss_head"]
     return Strategy(
         method=row["method"],
         weights_dtype=row.get("weights_dtype", "bf16"),
         compute_dtype="bf16",
         adapter_dtype=None if full else row["adapter_dtype"],
-        adapter_rank=None if full else row["lora_rank"],
+        adapter_rank=None if full else row.get("lora_rank", 16),
         adapter_targets=None if full else tuple(targets) if isinstance(targets, list) else targets,
-        adapter_dropout=0.0 if full else row["lora_dropout"],
-        attention=row["attention"],
+        adapter_dropout=0.0 if full else row.get("lora_dropout", 0.0),
+        attention=row.get("attention", "sdpa"),
         micro_batch_size=row["micro_batch_size"],
-        gradient_accumulation_steps=row["gradient_accumulation_steps"],
+        gradient_accumulation_steps=row.get("gradient_accumulation_steps", 1),
         checkpointed_layers=layers if row["gradient_checkpointing"] else 0,
-        loss_head=row["loss_head"],
+        loss_head="fused" if head == "liger_fused_linear_cross_entropy" else head,
         optimizer=row["optimizer"],
-        expandable_segments=row["expandable_segments"],
+        compile=row.get("compile_layers", False),
+        expandable_segments=row.get("expandable_segments", False),
         learning_rate=1e-5,
     )
 
@@ -139,7 +142,12 @@ def make_device(name: str = MEASURED_CARD) -> Device:
     """A card of the catalog, all of it to use."""
     card = find_gpu(name)
     return Device(
-        name=card.name, kind="cuda", memory_bytes=card.memory_bytes, budget_bytes=card.memory_bytes, bf16=card.bf16
+        name=card.name,
+        kind="cuda",
+        memory_bytes=card.memory_bytes,
+        budget_bytes=card.memory_bytes,
+        bf16=card.bf16,
+        rates=make_gpu_rates(card),
     )
 
 

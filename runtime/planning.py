@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..planner.catalog import find_gpu
+from ..planner.clock import Clock
 from ..planner.files import FilesOf
 from ..planner.plan import Plan, PlanInputs, make_plan
 from ..planner.search import Measure
@@ -109,22 +110,23 @@ class Job:
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
         inputs = self.find_inputs(quick=quick)
-        return make_plan(inputs, None if quick else self.find_rehearsal(inputs))
+        return make_plan(inputs, *((None, None) if quick else self.find_rehearsal(inputs)))
 
-    def find_rehearsal(self, inputs: PlanInputs) -> Measure | None:
-        """The rehearsal of the step as a measuring function; None where it does not apply.
+    def find_rehearsal(self, inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
+        """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
 
         It knows what CUDA allocates, so a plan for a CPU is made from closed forms; so is one with packed rows, whose
         mask it does not know, and one on a machine without torch.
         """
         if inputs.device.kind == "cpu" or self.recipe_file.recipe.data.packing:
-            return None
+            return None, None
         try:
-            from .rehearsal import make_rehearsal_measure
+            from .rehearsal import Rehearsal
         except ImportError:
-            return None
+            return None, None
         length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge
-        return make_rehearsal_measure(self.source.config, inputs.device, length, merge=merge)
+        rehearsal = Rehearsal(self.source.config, self.shape, inputs.device, sequence_length=length, merge=merge)
+        return rehearsal.measure, rehearsal.time
 
     def find_inputs(self, *, quick: bool, device: Device | None = None) -> PlanInputs:
         """Everything that the plan is made from; for the recipe's own device where none is given."""

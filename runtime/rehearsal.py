@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from ..planner.allocator import CachingAllocator
 from ..planner.catalog import find_gpu
+from ..planner.clock import find_order_rates, make_closed_form_clock
 from ..planner.estimate import COMPILED_MARGIN, CUDA_HOST_BYTES, estimate_memory
 from ..planner.families import FAMILIES
 from ..planner.memory import PHASES, Components, Memory, Phase
-from ..planner.search import Measure
-from ..planner.shape import make_shape
+from ..planner.shape import ModelShape, make_shape
+from ..planner.speed import StepTime
+from ..planner.step_cost import estimate_model_flops
 from ..planner.strategy import Device, Strategy
 from ..planner.timeline import EventLog, make_timeline
 from ..recipes.errors import DeviceError, ModelError
 from .rehearse_cuda import CudaCard
 from .rehearse_replay import Replay, keep_highest
 from .rehearse_states import replay_adapters, replay_clip, replay_optimizer, replay_weights
+from .rehearse_time import time_step
 from .rehearse_trace import TracedStep, trace_step
 
 MiB = 2**20
@@ -49,6 +51,10 @@ def rehearse(
             raise ModelError(f"config.json: model_type: {config.get('model_type')}: there is no closed form for a CPU")
         return quick
     traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length)
+    return _measure(traced, strategy, device, quick, merge=merge)
+
+
+def _measure(traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool) -> Memory:
     limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
     replay = replay_run(traced, strategy, limit_bytes=limit_bytes)
     return _summarise(replay, traced, strategy, device, quick, merge=merge)
@@ -65,14 +71,46 @@ def _estimate_quickly(
     return estimate_memory(make_shape(config), strategy, device, sequence_length=sequence_length, merge=merge)
 
 
-def make_rehearsal_measure(config: Mapping[str, Any], device: Device, sequence_length: int, *, merge: bool) -> Measure:
-    """The rehearsal as the planner's measuring function."""
+class Rehearsal:
+    """Memory and step time of strategies on one device, for rows of one length; each strategy is traced once.
 
-    @cache
-    def measure(strategy: Strategy) -> Memory:
-        return rehearse(config, strategy, device, sequence_length=sequence_length, merge=merge)
+    shape: of the model, for the operations that it needs
+    """
 
-    return measure
+    def __init__(
+        self, config: Mapping[str, Any], shape: ModelShape, device: Device, *, sequence_length: int, merge: bool
+    ) -> None:
+        self._config, self._shape, self._device = dict(config), shape, device
+        self._length, self._merge = sequence_length, merge
+        self._clock = make_closed_form_clock(shape, device, sequence_length)
+        self._known: dict[Strategy, tuple[Memory, StepTime]] = {}
+
+    def measure(self, strategy: Strategy) -> Memory:
+        """The memory of a run of `strategy`."""
+        return self._rehearse(strategy)[0]
+
+    def time(self, strategy: Strategy) -> StepTime:
+        """The time of one of its steps."""
+        return self._rehearse(strategy)[1]
+
+    def _rehearse(self, strategy: Strategy) -> tuple[Memory, StepTime]:
+        if strategy not in self._known:
+            device = self._device
+            quick = _estimate_quickly(self._config, strategy, device, self._length, merge=self._merge)
+            traced = trace_step(self._config, strategy, find_card(device), sequence_length=self._length)
+            time = (
+                self._clock(strategy)
+                if strategy.compile
+                else time_step(
+                    traced,
+                    strategy,
+                    find_order_rates(device),
+                    flops_per_token=estimate_model_flops(self._shape, strategy, self._length),
+                    length=self._length,
+                )
+            )
+            self._known[strategy] = _measure(traced, strategy, device, quick, merge=self._merge), time
+        return self._known[strategy]
 
 
 def find_card(device: Device) -> CudaCard:

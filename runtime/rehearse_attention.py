@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rehearse_cost import current_ledger
+
 FLASH_MAX_HEAD_DIM = 256
 EFFICIENT_MAX_KEPT_HEAD_DIM = 128
 """Up to this head size the efficient kernel keeps its fp32 accumulators in registers."""
@@ -46,6 +48,21 @@ def attend(
     return _Efficient.apply(query, key, value, _make_bias(attn_mask, query, key))  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _note(
+    query: Tensor,
+    key: Tensor,
+    outputs: list[Tensor],
+    *,
+    inputs: list[Tensor],
+    backward: bool = False,
+    is_masked: bool = False,
+) -> None:
+    """Tell what the kernel costs; without a mask it is causal."""
+    ledger = current_ledger()
+    if ledger is not None:
+        ledger.note_attention(query, key, outputs, inputs=inputs, backward=backward, is_masked=is_masked)
+
+
 def _make_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The additive mask that the efficient kernel reads: a boolean one is converted in every layer, and its last
     dimension padded to a multiple of 16."""
@@ -72,6 +89,7 @@ class _Flash(torch.autograd.Function):
         if dropout > 0:
             seed = torch.empty(2, dtype=torch.int64)
         out = out.transpose(1, 2)
+        _note(query, key, [out], inputs=[query, key, value])
         ctx.save_for_backward(query, key, value, out, lse, seed, unused)
         return out
 
@@ -87,6 +105,7 @@ class _Flash(torch.autograd.Function):
         expanded = []
         if key.shape[1] != heads:
             expanded = [torch.empty(batch, key.shape[2], heads, width, dtype=query.dtype) for _ in range(2)]
+        _note(query, key, parts, backward=True, inputs=[query, key, value, out, grad])
         del grad, out, delta, accumulated, expanded
         return (*(one.transpose(1, 2) for one in parts), None)
 
@@ -107,12 +126,14 @@ class _Efficient(torch.autograd.Function):
         if width > EFFICIENT_MAX_KEPT_HEAD_DIM and query.dtype != torch.float32:
             torch.empty(out.shape, dtype=torch.float32)
         out = out.transpose(1, 2)
+        biases = [] if bias is None else [bias]
+        _note(query, key, [out], inputs=[query, key, value, *biases], is_masked=bias is not None)
         ctx.save_for_backward(query, key, value, bias, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, _, _, _ = ctx.saved_tensors
+        query, key, value, bias, _, _ = ctx.saved_tensors
         batch, heads, rows, width = query.shape
         grad = grads[0].transpose(1, 2).contiguous()
         parts = [torch.empty(one.transpose(1, 2).shape, dtype=one.dtype) for one in (query, key, value)]
@@ -122,5 +143,6 @@ class _Efficient(torch.autograd.Function):
             staged.append(torch.empty(batch, heads, 64 * ceil(rows / 64), 32 * ceil(width / 32), dtype=torch.float32))
             if width > EFFICIENT_MAX_KEPT_HEAD_DIM:
                 staged += [torch.empty(batch, heads, key.shape[2], width, dtype=torch.float32) for _ in range(2)]
+        _note(query, key, parts, backward=True, inputs=[query, key, value, grad], is_masked=bias is not None)
         del grad, delta, staged
         return (*(one.transpose(1, 2) for one in parts), None)

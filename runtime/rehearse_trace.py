@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..planner.strategy import Strategy
 from ..recipes.errors import TraceError
 from .losses import compute_loss
 from .offload import OffloadHooks, offload_decoder
+from .rehearse_cost import Operation, current_ledger, kept_ledger
 from .rehearse_cuda import CudaCard, cuda_semantics
 from .rehearse_fakes import make_fakes
 from .rehearse_layers import NotPeriodic, Segment, extend, split_segments
@@ -32,12 +33,14 @@ class TracedStep:
 
     model:     what was traced
     recording: sizes and components of all storages
+    operations: of the traced layers, with what they cost
     first:     segments of the first micro-batch
     next:      segments of any later one, which finds gradients to add to; empty without accumulation
     """
 
     model: RehearsalModel
     recording: Recording
+    operations: Sequence[Operation]
     first: list[Segment]
     next: list[Segment]
 
@@ -50,7 +53,8 @@ def trace_step(
     with _trace_errors(config["model_type"]):
         model = build_rehearsal_model(config, strategy, cut=cut)
     with _trace_errors(type(model.base).__name__):
-        recording, boundaries = _record(model, strategy, card, sequence_length)
+        watch, boundaries = _record(model, strategy, card, sequence_length)
+    recording = watch.recording
     segments = split_segments(recording, model.cut)
     try:
         segments = extend(recording, segments, model.cut)
@@ -62,6 +66,7 @@ def trace_step(
     return TracedStep(
         model=model,
         recording=recording,
+        operations=watch.ledger.operations,
         first=[one for one in first if one.name != "build"],
         next=segments[starts[1] :] if boundaries > 1 else [],
     )
@@ -75,7 +80,9 @@ def _trace_errors(name: str) -> Iterator[None]:
         raise TraceError(f"config.json: {name} cannot be rehearsed: {type(error).__name__}: {error}") from error
 
 
-def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_length: int) -> tuple[Recording, int]:
+def _record(
+    model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_length: int
+) -> tuple[StorageWatch, int]:
     """One micro-batch, or two where gradients accumulate."""
     watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
     micro_batches = min(2, strategy.gradient_accumulation_steps)
@@ -83,6 +90,7 @@ def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_
         FakeTensorMode(allow_non_fake_inputs=True),
         watch,
         cuda_semantics(packed=strategy.packing),
+        kept_ledger(watch.ledger),
         _marks(model, watch),
     ):
         watch.enter("build", "weights")
@@ -95,7 +103,7 @@ def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_
     for parameter in model.model.parameters():
         if parameter.grad is not None:
             watch.label(parameter.grad, "gradients")
-    return watch.recording, micro_batches
+    return watch, micro_batches
 
 
 def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWatch, ids: Tensor) -> None:
@@ -124,10 +132,17 @@ class _VanishingCopies(OffloadHooks):
     """What is offloaded leaves the device; on fakes host and device are one, so that nothing is kept of it."""
 
     def store(self, flat: Tensor) -> tuple[Tensor, ...]:
+        _note_transfer(flat)
         return ()
 
     def bring(self, flat: Tensor, blocks: tuple[Tensor, ...]) -> None:
-        return
+        _note_transfer(flat)
+
+
+def _note_transfer(flat: Tensor) -> None:
+    ledger = current_ledger()
+    if ledger is not None:
+        ledger.note_transfer(flat.nbytes)
 
 
 def _offload(model: RehearsalModel, strategy: Strategy) -> contextlib.AbstractContextManager[None]:

@@ -11,6 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .rehearse_cost import Ledger
+
 WORKSPACES = (0, 1)
 """Numbers of cuBLAS's workspaces: the main thread's, and that of autograd's, which has a handle of its own."""
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
@@ -73,6 +75,7 @@ class StorageWatch(TorchDispatchMode):
         self._live: dict[int, _Storage] = {}
         self._sum: tuple[_Storage, int, int] | None = None
         self._handles: set[int] = set()
+        self.ledger = Ledger(self.number_of, lambda: len(self.recording.marks) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.settle()
@@ -83,6 +86,7 @@ class StorageWatch(TorchDispatchMode):
                 self.see(one)
         if func in _MATRIX_PRODUCTS or func.name() == FUSED_4BIT:
             self._hold_workspace()
+        self.ledger.note(func, args, kwargs, result)
         for number in held:
             self.recording.free(number)
         if self.backward and func is _aten.add.Tensor and not torch.is_grad_enabled():
@@ -118,6 +122,11 @@ class StorageWatch(TorchDispatchMode):
 
         entry.reference = weakref.ref(storage, forget)
         self._live[key] = entry
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """The number of a tensor's storage, None for one that was not seen."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return None if entry is None else entry.number
 
     def label(self, tensor: torch.Tensor, component: str) -> None:
         """Count a tensor's storage as `component`."""

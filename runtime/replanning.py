@@ -18,7 +18,7 @@ def make_new_plan(job: Job, old: Plan, failure: Failure | None) -> Plan:
         source = f"what was left when the run was out of memory in phase {failure.phase}"
         device = device.model_copy(update={"budget_bytes": failure.budget_bytes, "budget_source": source})
     inputs = replace(job.find_inputs(quick=False, device=device), like=old.strategy)
-    return make_plan(inputs, job.find_rehearsal(inputs))
+    return make_plan(inputs, *job.find_rehearsal(inputs))
 
 
 def describe_new_plan(job: Job, old: Plan, failure: Failure) -> str:

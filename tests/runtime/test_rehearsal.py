@@ -11,10 +11,11 @@ import torch
 
 from fitune.planner.families import FAMILIES
 from fitune.planner.memory import Memory
+from fitune.planner.shape import make_shape
 from fitune.planner.strategy import Device, DeviceConstant, Strategy
 from fitune.recipes.errors import ModelError
 from fitune.runtime.accuracy import compare, load_rows, make_device
-from fitune.runtime.rehearsal import make_rehearsal_measure, rehearse
+from fitune.runtime.rehearsal import Rehearsal, rehearse
 from fitune.runtime.rehearse_cuda import CudaCard
 from fitune.runtime.rehearse_trace import TracedStep, trace_step
 
@@ -226,8 +227,8 @@ def test_compiled_layers_and_flash_attention_2_are_rehearsed_as_what_they_are_cl
 
 def test_the_measure_gives_what_the_rehearsal_gives() -> None:
     strategy = make_strategy()
-    measure = make_rehearsal_measure(LLAMA, make_device(), 256, merge=False)
-    assert measure(strategy) == predict(LLAMA, strategy)
+    rehearsal = Rehearsal(LLAMA, make_shape(LLAMA), make_device(), sequence_length=256, merge=False)
+    assert rehearsal.measure(strategy) == predict(LLAMA, strategy)
 
 
 def test_on_a_cpu_the_closed_forms_answer() -> None:

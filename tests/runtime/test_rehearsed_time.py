@@ -1,0 +1,133 @@
+"""The time of a rehearsed step: its operations beside what can be counted by hand, and beside steps of an H100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from test_rehearsal import ALTERNATING, LLAMA, make_strategy, trace
+
+from fitune.planner.catalog import find_gpu
+from fitune.planner.rates import make_gpu_rates
+from fitune.planner.shape import make_shape
+from fitune.planner.speed import StepTime
+from fitune.planner.step_cost import estimate_model_flops
+from fitune.planner.strategy import Strategy
+from fitune.runtime.accuracy import load_rows, make_device
+from fitune.runtime.accuracy_speed import TimedRow, render_host_cost, render_speed_summary, render_speed_table, time_row
+from fitune.runtime.rehearsal import Rehearsal
+from fitune.runtime.rehearse_time import list_works, time_step
+
+DATA = Path(__file__).parents[1] / "data"
+RATES = make_gpu_rates(find_gpu("H100 80GB"))
+LENGTH = 256
+SAMPLE = {
+    "h100_reference_step.jsonl": [
+        "llama-3.1-8b-qlora-r16-adamw_torch_fused-b2-s16384-ckpt-full-fp32",
+        "llama-3.2-1b-full-fp32-adamw_bnb_8bit-b8-s4096-ckpt-chunked",
+        "qwen3-1.7b-lora-r64-adamw_torch_fused-b8-s4096-ckpt-dropout=0.05-chunked-fp32",
+        "mistral-7b-qlora-r16-paged_adamw_8bit-b4-s1024-ckpt-accum=4-chunked-fp32",
+    ],
+    "h100_speed_levers.jsonl": ["llama-3.1-8b-lora-adamw_torch_fused-b2s4096-nockpt-full"],
+}
+
+
+def count(config: dict[str, Any], strategy: Strategy, kind: str, *, cut: bool = True) -> dict[str, float]:
+    """Floating point operations of one kind, by phase."""
+    found = {"forward": 0.0, "backward": 0.0}
+    for phase, work in list_works(trace(config, strategy, cut=cut)):
+        found[phase] += work.times * work.flops if work.kind == kind else 0.0
+    return found
+
+
+def time_of(config: dict[str, Any], strategy: Strategy, *, cut: bool = True) -> StepTime:
+    traced = trace(config, strategy, cut=cut)
+    return time_step(traced, strategy, RATES, flops_per_token=1.0, length=LENGTH)
+
+
+def test_products_are_those_of_the_model_twice_as_many_in_backward() -> None:
+    shape, tokens = make_shape(LLAMA), 2 * LENGTH
+    met = shape.parameters - shape.embedding_parameters - shape.other_parameters - 9 * 2 * 256
+    found = count(LLAMA, make_strategy("full"), "matrix")
+    assert found == {"forward": 2 * met * tokens, "backward": 4 * met * tokens}
+
+
+def test_checkpointed_layers_compute_their_forward_again_up_to_the_last_tensor_that_backward_needs() -> None:
+    plain, checkpointed = (
+        count(LLAMA, make_strategy("full", checkpointed_layers=layers), "matrix") for layers in (0, 9)
+    )
+    head, last = 2 * 2 * LENGTH * 256 * 4096, 9 * 2 * 2 * LENGTH * 768 * 256
+    assert checkpointed["forward"] == plain["forward"]
+    assert checkpointed["backward"] - plain["backward"] == plain["forward"] - head - last
+
+
+def test_attention_is_causal_and_two_and_a_half_times_as_much_in_backward() -> None:
+    forward = 9 * 4 * 2 * 8 * LENGTH * LENGTH * 32 / 2
+    assert count(LLAMA, make_strategy("full"), "attention") == {"forward": forward, "backward": 2.5 * forward}
+
+
+def test_a_packed_weights_product_counts_as_the_weights() -> None:
+    qlora, lora = (count(LLAMA, make_strategy(method), "matrix") for method in ("qlora", "lora"))
+    assert qlora == lora
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [(LLAMA, {}), (LLAMA, {"checkpointed_layers": 9}), (ALTERNATING, {"loss_head": "fused", "attention": "eager"})],
+    ids=["plain", "checkpointed", "alternating"],
+)
+def test_the_cut_models_time_is_the_whole_ones(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    strategy = make_strategy(**changes)
+    cut, whole = (time_of(config, strategy, cut=cut) for cut in (True, False))
+    for one, other in zip(cut.phases, whole.phases, strict=True):
+        assert one.device_seconds == pytest.approx(other.device_seconds)
+        assert one.host_seconds == pytest.approx(other.host_seconds)
+
+
+def test_offload_adds_what_crosses_the_bus() -> None:
+    plain, offloaded = (time_of(LLAMA, make_strategy(activation_offload=on)) for on in (False, True))
+    for name, one, other in zip(("forward", "backward"), plain.phases, offloaded.phases, strict=False):
+        assert other.device_seconds > 1.1 * one.device_seconds, name
+
+
+def test_memory_and_time_come_from_one_trace() -> None:
+    strategy = make_strategy(gradient_accumulation_steps=4)
+    shape = make_shape(LLAMA)
+    rehearsal = Rehearsal(LLAMA, shape, make_device(), sequence_length=LENGTH, merge=False)
+    time = rehearsal.time(strategy)
+    assert time.estimator == rehearsal.measure(strategy).estimator == "rehearsal"
+    assert time.tokens == 4 * 2 * LENGTH
+    assert time.flops == estimate_model_flops(shape, strategy, LENGTH) * time.tokens
+    assert [phase.name for phase in time.phases] == ["forward", "backward", "clip", "optimizer"]
+
+
+@pytest.fixture(scope="module")
+def timed() -> list[TimedRow]:
+    device = make_device()
+    return [
+        time_row(row, config, device)
+        for file, names in SAMPLE.items()
+        for row, config in load_rows(DATA / file, DATA / "architectures.json")
+        if row["id"] in names
+    ]
+
+
+def test_a_sample_of_measured_steps_is_met(timed: list[TimedRow]) -> None:
+    """Of all rows over 0.5 s docs/accuracy.md has the figures; these are ones that nothing slowed down."""
+    assert len(timed) == sum(len(names) for names in SAMPLE.values())
+    for estimator, middle, worst in (("rehearsal", 0.055, 0.10), ("closed_forms", 0.06, 0.20)):
+        errors = [abs(one.error(estimator)) for one in timed]  # type: ignore[arg-type]
+        assert median(errors) < middle
+        assert max(errors) < worst
+
+
+def test_the_table_of_times_names_every_row_and_what_it_waits_for(timed: list[TimedRow]) -> None:
+    lines = render_speed_table(timed).splitlines()[1:]
+    assert [float(line.split()[1].rstrip("s")) for line in lines] == sorted(
+        round(one.measured_seconds, 3) for one in timed
+    )
+    assert {line.split()[-1] for line in lines} == {"device", "host"}
+    assert [line.split()[0] for line in render_speed_summary(timed)] == ["all", "all", "device", "device"]
+    assert next(iter(render_host_cost(timed))).startswith("of all rows              1 rows wait for the host")
