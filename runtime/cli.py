@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.text import Text
 
 from ..recipes.errors import FituneError
 from .cli_data import data
-from .shown import show_text
+from .shown import ShownConsole, show_text
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-console = Console(highlight=False)
-problems = Console(stderr=True, highlight=False)
+console = ShownConsole(highlight=False)
+problems = ShownConsole(stderr=True, highlight=False)
 
 SET_OPTION = click.option(
     "--set",

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from ..recipes.errors import FituneError
+from .shown import ShownConsole
 
-console = Console(highlight=False)
+console = ShownConsole(highlight=False)
 
 
 class DataGroup(click.Group):

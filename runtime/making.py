@@ -14,7 +14,7 @@ from ..recipes.make_spec import SpecFile
 from .make_client import read_key
 from .make_dataset import make_dataset
 from .make_render import make_dry_run, render_dry_run, render_made, render_prompts
-from .shown import show_text
+from .shown import ShownConsole, show_text
 
 
 def show_dry_run(spec_file: SpecFile, console: Console, *, as_json: bool) -> None:
@@ -32,7 +32,7 @@ def show_dry_run(spec_file: SpecFile, console: Console, *, as_json: bool) -> Non
 def run_make(spec_file: SpecFile, console: Console, *, as_json: bool) -> int:
     """Make the dataset; returns the exit code: 0, 1 where the endpoint or its answers were no use, 130 or 143."""
     read_key(spec_file)
-    errors = Console(stderr=True, highlight=False)
+    errors = ShownConsole(stderr=True, highlight=False)
     if not as_json:
         render_dry_run(make_dry_run(spec_file), spec_file.spec, console)
     status = console.status("") if console.is_terminal and not as_json else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def save_merged(
 def make_card(plan: Plan, recipe_file: RecipeFile, source: ModelSource, *, data: str, loss: str) -> str:
     """The model card: what was trained from what, how, and with which result."""
     strategy = plan.strategy
-    base = source.hub_id or source.id
+    base = json.dumps(source.hub_id or source.id, ensure_ascii=False)  # YAML takes JSON's quotes
     library = "transformers" if strategy.method == "full" else "peft"
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     adapters = (
@@ -74,7 +75,7 @@ def make_card(plan: Plan, recipe_file: RecipeFile, source: ModelSource, *, data:
     return (
         f"---\nbase_model: {base}\nlibrary_name: {library}\ntags:\n- fitune\n- {strategy.method}\n---\n\n"
         f"# {recipe_file.name}\n\n"
-        f"{METHOD_NAMES[strategy.method]} of `{base}` with fitune, from the recipe `{recipe_file.path.name}`.\n\n"
+        f"{METHOD_NAMES[strategy.method]} of {base} with fitune, from the recipe `{recipe_file.path.name}`.\n\n"
         f"- data: {data}\n"
         f"{adapters}"
         f"- weights in {strategy.weights_dtype}, computed in {strategy.compute_dtype}\n"

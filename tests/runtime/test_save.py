@@ -174,7 +174,7 @@ def test_the_adapter_names_its_base_by_an_absolute_path(
 def test_the_card_says_what_was_trained_from_what_and_how(llama: Path, tmp_path: Path) -> None:
     _, directory, report = run(tmp_path, llama, "lora")
     card = (directory / "adapter" / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {llama}\nlibrary_name: peft\n")
+    assert card.startswith(f'---\nbase_model: "{llama}"\nlibrary_name: peft\n')
     assert f"held-out loss {report.loss.before:.3f} before, {report.loss.after:.3f} after" in card
     for part in ("train.jsonl", "rank 8", "adamw", "4 rows a step", report.recipe_sha256, "torch ", "licence"):
         assert part in card
