@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from ..planner.plan import Plan
 from ..recipes.errors import FituneError, RunError
@@ -121,7 +122,7 @@ def run_chat(run: Path, console: Console, *, use_base: bool, question: str | Non
         _answer(chat, question, console)
         return
     who = "the base model" if use_base else "the tuned model"
-    console.print(f"Talk to {who}; an empty line or Ctrl-D ends it.", style="bright_black")
+    console.print(Text(f"Talk to {who}; an empty line or Ctrl-D ends it.", style="bright_black"))
     while True:
         try:
             asked = console.input("[bold]you > [/bold]").strip()

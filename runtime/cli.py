@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ..recipes.errors import FituneError
 from .cli_data import data
+from .redaction import redact
 from .shown import ShownConsole, show_text
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -122,7 +123,7 @@ def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:
     if click.get_current_context().find_root().obj["debug"]:
         raise error
     if as_json:
-        click.echo(json.dumps({"recipe": path, "error": str(error)}))
+        click.echo(json.dumps({"recipe": path, "error": redact(str(error))}))
     else:
         _print_error(str(error))
 
@@ -291,7 +292,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _print_error(message: str) -> None:
-    problems.print(Text.assemble(("error: ", "bold red"), show_text(message)), soft_wrap=True)
+    problems.print(Text.assemble(("error: ", "bold red"), show_text(redact(message))), soft_wrap=True)
 
 
 def main() -> None:

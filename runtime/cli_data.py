@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ..recipes.errors import FituneError
+from .redaction import redact
 from .shown import ShownConsole
 
 console = ShownConsole(highlight=False)
@@ -48,7 +49,7 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         report = Job(recipe, overrides).data_report
     except FituneError as error:
         if as_json:
-            click.echo(json.dumps({"recipe": recipe, "problems": str(error).splitlines()}))
+            click.echo(json.dumps({"recipe": recipe, "problems": redact(str(error)).splitlines()}))
             sys.exit(1)
         raise
     if as_json:

@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from ..planner.plan import Plan
 from .monitor import Monitor
@@ -35,7 +36,7 @@ class Meter:
         )
 
     def _show_event(self, event: MonitorEvent) -> None:
-        self._console.print(f"note: {event.message}", style="yellow")
+        self._console.print(Text.assemble(("note: ", "yellow"), event.message), soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._monitor.start()

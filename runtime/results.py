@@ -12,6 +12,7 @@ from .build import BuiltModel
 from .checkpoint_content import check_finite
 from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
 from .planning import Job
+from .redaction import redact
 from .rundir import RunDirectory
 from .save import free_memory, make_card, save_merged, save_trained
 
@@ -55,4 +56,4 @@ class Results:
         """The model card, with what is known of the loss."""
         train = self._recipe.data.train
         data = train if isinstance(train, str) else ", ".join(source.path for source in train)
-        return make_card(self._plan, self._job.recipe_file, self._job.source, data=data, loss=loss)
+        return redact(make_card(self._plan, self._job.recipe_file, self._job.source, data=data, loss=loss))

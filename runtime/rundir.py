@@ -119,6 +119,7 @@ class RunDirectory:
         try:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_links()
             self._lock.acquire()
         except Timeout as error:
             raise RunError(f"output.dir: {self.path} is held by a run that is still going{self._holder()}") from error
@@ -133,6 +134,12 @@ class RunDirectory:
             self._let_go()
             raise
         return self
+
+    def _check_links(self) -> None:
+        """A link would lead what a run writes out of its directory."""
+        for one in self.path.iterdir():
+            if one.is_symlink():
+                raise RunError(f"output.dir: {one} is a link: a run writes into its own directory only; remove it")
 
     def _check_content(self) -> None:
         left = sorted(one.name for one in self.path.iterdir() if one.name != ".lock")

@@ -13,6 +13,7 @@ from ..planner.plan import Plan
 from ..recipes.errors import RunError
 from .checkpoint_content import RunState, load_state
 from .checkpoints import Checkpoint, CheckpointStore
+from .redaction import redact
 from .run_record import RECORD_NAME, Failure, RunRecord, Session, list_changes, load_record, make_record
 from .rundir import PLAN_NAME, REPORT_NAME, RunDirectory, name_disk_errors, write_whole
 
@@ -69,7 +70,7 @@ def open_session(
     record = record.model_copy(update={"sessions": (*record.sessions, session)})
     directory.write_json(RECORD_NAME, record.model_dump(mode="json"))
     directory.write_json(PLAN_NAME, plan.model_dump(mode="json"))
-    directory.write_text("recipe.toml", job.recipe_file.path.read_text(encoding="utf-8-sig"))
+    directory.write_text("recipe.toml", redact(job.recipe_file.path.read_text(encoding="utf-8-sig")))
     if found is None:
         return Start(record=record)
     return Start(record=record, checkpoint=found[0], state=found[1])

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from .redaction import redact
+
 KEPT = "\n\t\u200c\u200d"
 """Line ends, tabs, and the joiners that Persian and composed emoji are written with: none of them moves anything."""
 
@@ -28,6 +30,6 @@ class ShownConsole(Console):
     """A terminal on which nothing that is printed is obeyed, wherever it came from; rich's own codes are."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is printed, in segments, each text shown by `show_text`."""
+        """What is printed, in segments, each text shown by `show_text` and without tokens."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(show_text(segment.text), segment.style)
+            yield segment if segment.control else Segment(show_text(redact(segment.text)), segment.style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -35,6 +36,7 @@ from .oom import describe_out_of_memory, is_out_of_memory, make_failure
 from .outcome import make_loss, make_sample, make_speed
 from .planning import Job
 from .quiet import quiet_libraries
+from .redaction import redact
 from .replanning import describe_new_plan
 from .report import RunReport, Sample, Status
 from .results import Results
@@ -166,7 +168,8 @@ class Run:
         self.tracker.flush()
         sample = make_sample(question, self.history.answer_before, answer_after)
         report = self._make_report(meter, status, after, sample, output)
-        self.directory.write_json(REPORT_NAME, report.model_dump(mode="json"))
+        text = json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False)
+        self.directory.write_text(REPORT_NAME, redact(text) + "\n")
         if status == "finished":
             self.keeper.finish()
         return report

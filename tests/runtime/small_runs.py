@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fitune.planner.plan import Plan
+from fitune.runtime.loop import TrainingLoop
 from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport
 from fitune.runtime.train import run_job
@@ -90,3 +91,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_losses(run: Path) -> list[float]:
     """The training losses of a run, step by step."""
     return [one["loss"] for one in read_lines(run / "metrics.jsonl") if "loss" in one]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it is executed but clean-up."""
+
+
+def execute_until(recipe: Path, step: int) -> None:
+    """Run a recipe and end it, as if killed, when it would do `step`."""
+    real = TrainingLoop.step
+
+    def break_off(self: TrainingLoop, batch: Any, line: Any) -> None:
+        if batch.step == step:
+            raise Killed
+        real(self, batch, line)
+
+    job, plan = plan_recipe(recipe)
+    TrainingLoop.step = break_off  # type: ignore[method-assign]
+    try:
+        run_job(job, plan, recipe.parent / "run", Console(file=io.StringIO()))
+    except Killed:
+        return
+    finally:
+        TrainingLoop.step = real  # type: ignore[method-assign]
+    raise AssertionError("the run ended before that step")

@@ -234,6 +234,7 @@ def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first_and_the_run_go
     record_property("faults", 1)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_no_training_and_the_run_is_resumed_when_there_is_room(
     llama: Path, tmp_path: Path, commands: CommandServer, mount_disk: Callable[[int], Path], record_property: Record
 ) -> None:
@@ -340,6 +341,7 @@ def test_two_runs_in_one_directory_are_one_too_many(
     record_property("faults", 2)
 
 
+@pytest.mark.slow
 def test_a_gpu_lost_in_mid_run_is_an_event_and_the_training_goes_on(
     llama: Path, tmp_path: Path, run_on_fake_gpus: Any, record_property: Record
 ) -> None:

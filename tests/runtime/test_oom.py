@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_out_of_memory_says_why_and_goes_on_with_another_plan(tmp_path: Path) -> None:
+def test_a_run_out_of_memory_says_why_and_goes_on_with_another_plan(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Eager attention over 64 rows of 512 tokens: 256 MiB of scores a layer, several times."""
     recipe = write_recipe(
         tmp_path,
@@ -69,6 +72,7 @@ def test_a_run_out_of_memory_says_why_and_goes_on_with_another_plan(tmp_path: Pa
     assert plan.memory.required_bytes < failed["memory"]["required_bytes"]
     assert plan.strategy.micro_batch_size * plan.strategy.gradient_accumulation_steps == 64
     assert plan.strategy.micro_batch_size < 64 and plan.strategy.method == "full"
+    record_property("faults", 1)
 
 
 def test_an_allocation_that_cannot_be_had_is_out_of_memory() -> None:

@@ -28,6 +28,7 @@ from fitune.runtime.step import training_step
 from fitune.runtime.train import run_job
 
 Break = Callable[[int], None]
+Record = Callable[[str, object], None]
 
 
 class Killed(BaseException):
@@ -88,7 +89,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_as_one_without_an_interruption(
-    llama: Path, tmp_path: Path, kill_at: Break, kind: str
+    llama: Path, tmp_path: Path, kill_at: Break, kind: str, record_property: Record
 ) -> None:
     """Two kills; bit for bit the same losses, metrics and weights."""
     tables = dict(KINDS[kind])
@@ -115,6 +116,8 @@ def test_a_resumed_run_ends_as_one_without_an_interruption(
     assert (report.resumed_from, report.lost_steps) == ((2, 4), 2)
     assert report.loss == expected.loss and report.sample == expected.sample
     assert (report.speed.steps, report.speed.tokens) == (expected.speed.steps, expected.speed.tokens)
+    record_property("faults", 2)
+    record_property("lost_steps", report.lost_steps)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
@@ -249,7 +252,7 @@ def damage_link(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
-    broken: Path, damage: Callable[[Path], None], reason: str
+    broken: Path, damage: Callable[[Path], None], reason: str, record_property: Record
 ) -> None:
     run = broken.parent / "run"
     damage(run / "checkpoints" / "step-000004")
@@ -261,14 +264,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
     assert (report.resumed_from, report.lost_steps, report.status) == ((2,), 3, "finished")
     assert (run / "checkpoints" / "damaged-step-000004").is_dir()
     verify(run / "checkpoints" / "step-000004", 4)
+    record_property("faults", 1)
+    record_property("lost_steps", report.lost_steps)
 
 
-def test_where_no_checkpoint_is_whole_the_run_starts_again(broken: Path) -> None:
+def test_where_no_checkpoint_is_whole_the_run_starts_again(broken: Path, record_property: Record) -> None:
     run = broken.parent / "run"
     for folder in (run / "checkpoints").iterdir():
         damage_bit(folder)
     assert execute(broken, resume=True).resumed_from == (0,)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    record_property("faults", 2)
 
 
 def test_a_checkpoint_is_an_adapter_that_peft_loads(llama: Path, tmp_path: Path) -> None:
@@ -353,7 +359,7 @@ def test_a_dataset_of_many_rows_has_few_digests(llama: Path, tmp_path: Path) -> 
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_the_recipe_says_so(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """The gradients of step 3 are infinite: its weights stay as they were, and the run goes on."""
 
@@ -375,10 +381,11 @@ def test_a_step_that_is_not_finite_is_skipped_where_the_recipe_says_so(
     assert (report.status, report.skipped_steps, report.speed.steps) == ("finished", 1, 6)
     norms = [line["gradient_norm"] for line in read_lines(tmp_path / "skip/run/metrics.jsonl") if "loss" in line]
     assert [norm is None for norm in norms] == [False, False, True, False, False, False]
+    record_property("faults", 2)
 
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     real = TrainingLoop.step
 
@@ -395,6 +402,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(
     assert {one.name for one in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000002"}
     monkeypatch.setattr(TrainingLoop, "step", real)
     assert execute(recipe, resume=True).resumed_from == (2,)
+    record_property("faults", 1)
 
 
 def test_nothing_of_a_checkpoint_is_a_pickle(broken: Path) -> None:
