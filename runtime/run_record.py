@@ -91,7 +91,6 @@ class RunRecord(Value):
     train: Rows
     eval: Rows | None
     forgetting: Rows | None = None
-    forgetting: Rows | None = None
     template: str | None
     sessions: tuple[Session, ...] = ()
     failure: Failure | None = None
@@ -105,7 +104,6 @@ def make_record(job: Job) -> RunRecord:
         config_sha256=job.source.config_sha256,
         train=_digest_rows(data.train),
         eval=None if data.eval is None else _digest_rows(data.eval),
-        forgetting=None if data.forgetting is None else _digest_rows(data.forgetting),
         forgetting=None if data.forgetting is None else _digest_rows(data.forgetting),
         template=_find_template(data.tokenizer),
     )
@@ -149,7 +147,6 @@ def list_changes(then: RunRecord, now: RunRecord, *, replan: bool) -> list[str]:
         changes.append(f"the chat template changed:\n{_show_difference(then.template, now.template)}")
     changes += _compare_rows("training rows", then.train, now.train)
     changes += _compare_rows("held-out rows", then.eval, now.eval)
-    changes += _compare_rows("rows of data.forgetting", then.forgetting, now.forgetting)
     changes += _compare_rows("rows of another task", then.forgetting, now.forgetting)
     return changes
 

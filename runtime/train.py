@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 import traceback
@@ -18,15 +17,15 @@ from rich.text import Text
 from transformers import set_seed
 
 from ..planner.plan import Plan
-from ..recipes.errors import OutOfMemoryError, RunError
+from ..recipes.errors import OutOfMemoryError
 from .allocation import limit_allocator, use_expandable_segments
 from .assemble import build_for_run
 from .build import BuiltModel
 from .checkpoint_content import History, restore_training, restore_weights
 from .checkpoints import CheckpointStore
-from .evaluate import answer, evaluate
 from .forgetting import make_forgetting
 from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
+from .judge import Judge
 from .keeper import Keeper
 from .live import LiveLine
 from .loop import Progress, TrainingLoop
@@ -35,17 +34,14 @@ from .models import fetch_model
 from .oom import describe_out_of_memory, is_out_of_memory, make_failure
 from .outcome import make_loss, make_sample, make_speed
 from .planning import Job
-from .quiet import quiet_libraries
 from .redaction import redact
 from .replanning import describe_new_plan
 from .report import RunReport, Sample, Status
 from .results import Results
-from .rows import Row
 from .rundir import REPORT_NAME, RunDirectory
 from .save import count_file_bytes, free_memory
 from .session import METRICS_NAME, SAMPLES_NAME, open_session, record_failure
 from .signals import StopSignals, find_signal
-from .tokens import TokenizedRows, find_stop_token_ids
 from .tracker import JsonLinesTracker
 from .versions import find_versions
 
@@ -107,6 +103,7 @@ class Run:
             memory = plan.memory
             limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
         self.tokenizer: Any = job.data.tokenizer
+        self.judge = Judge(job, self.strategy, self.device, self.accelerator.log, self.progress, self.history)
         self.results = Results(job, plan, directory, base_folder)
         self.forgetting_after: float | None = None
 
@@ -147,15 +144,14 @@ class Run:
         built = build_for_run(self.job, self.plan, self.base_folder, self.device)
         self.accelerator.prepare_model(built.model)
         keep_heap_tight()
-        question = self._find_question()
         if self.session.checkpoint is None:
             meter.enter("evaluate")
-            self.history.before = self._evaluate(built)
-            self.history.forgetting_before = self._evaluate_forgetting(built)
-            self.history.answer_before = self._answer(built, question)
+            self.history.before = self.judge.measure(built)
+            self.history.forgetting_before = self.judge.measure_forgetting(built)
+            self.history.answer_before = self.judge.answer(built)
         loop = self._make_loop(built, meter)
         status = self._train(built, loop, meter)
-        status, after, answer_after = self._look_back(built, loop, meter, question, status)
+        status, after, answer_after = self._look_back(built, loop, meter, status)
         del loop
         meter.enter("save")
         output = self.results.save(built, self.history.before, after)
@@ -166,7 +162,7 @@ class Run:
             output |= self.results.merge(output["adapter"], self.device)
         meter.stop()
         self.tracker.flush()
-        sample = make_sample(question, self.history.answer_before, answer_after)
+        sample = make_sample(self.judge.question, self.history.answer_before, answer_after)
         report = self._make_report(meter, status, after, sample, output)
         text = json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False)
         self.directory.write_text(REPORT_NAME, redact(text) + "\n")
@@ -214,18 +210,18 @@ class Run:
         return "terminated" if find_signal(interruption) == signal.SIGTERM else "interrupted"
 
     def _look_back(
-        self, built: BuiltModel, loop: TrainingLoop, meter: Meter, question: Row | None, status: Status
+        self, built: BuiltModel, loop: TrainingLoop, meter: Meter, status: Status
     ) -> tuple[Status, float | None, str | None]:
         """Held-out loss and answer after training; a signal skips what is left of them, and the weights are saved."""
         if status in STOPPED:
             return status, None, None
         meter.enter("evaluate")
         try:
-            after = self._evaluate(built)
+            after = self.judge.measure(built)
             if self.keeper.restore_best(built, self.history, self.progress.step) and self.history.best is not None:
                 after = self.history.best.loss
-            self.forgetting_after = self._evaluate_forgetting(built)
-            return status, after, self._answer(built, question)
+            self.forgetting_after = self.judge.measure_forgetting(built)
+            return status, after, self.judge.answer(built)
         except KeyboardInterrupt as interruption:
             return self._stop(built, loop, meter, interruption), None, None
 
@@ -243,7 +239,7 @@ class Run:
             return False
         if every is not None and step % every == 0 and self.history.evaluated_step != step:
             meter.enter("evaluate")
-            loss = self._evaluate(built)
+            loss = self.judge.measure(built)
             self.console.print(f"step {step}: held-out loss {loss:.3f}" if loss is not None else "no held-out rows")
         if self.keeper.is_due(step) or self.keeper.is_worth_keeping(self.history, step):
             self._write_checkpoint(built, loop, meter)
@@ -268,48 +264,6 @@ class Run:
         self.history.seconds = self.total_seconds
         card = self.results.make_card(f"after step {step}")
         self.keeper.write(built, loop, self.history, tokenizer=self.tokenizer, card=card)
-
-    def _evaluate(self, built: BuiltModel) -> float | None:
-        """The held-out loss after the steps so far, None without held-out rows."""
-        loss, step = self._measure(built, self.job.data.eval, "eval_loss", "held-out loss"), self.progress.step
-        if loss is not None and step > 0:
-            self.history.add(loss, step)
-        return loss
-
-    def _evaluate_forgetting(self, built: BuiltModel) -> float | None:
-        """The loss of the rows of another task after the steps so far, None without any."""
-        return self._measure(built, self.job.data.forgetting, "forgetting_loss", "loss of data.forgetting")
-
-    def _measure(self, built: BuiltModel, rows: TokenizedRows | None, name: str, what: str) -> float | None:
-        """The loss of some rows, logged under a name; RunError where it is not finite."""
-        if rows is None:
-            return None
-        step = self.progress.step
-        loss = evaluate(built, rows, self.strategy, self.device)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the {what} is {loss} after {step} steps: the run stopped without saving its weights; "
-                "lower train.learning_rate, or look at those rows"
-            )
-        self.accelerator.log({name: loss}, step=step)
-        return loss
-
-    def _find_question(self) -> Row | None:
-        return next((row for row in self.job.data.eval_rows if row.messages is not None), None)
-
-    def _answer(self, built: BuiltModel, row: Row | None) -> str | None:
-        """The model's answer to the held-out question; its own last turn is what it has to write."""
-        if row is None or row.messages is None:
-            return None
-        with quiet_libraries():
-            return answer(
-                built.model,
-                self.tokenizer,
-                row.messages[:-1],
-                strategy=self.strategy,
-                device=self.device,
-                stop_token_ids=find_stop_token_ids(self.tokenizer),
-            )
 
     def _make_report(
         self, meter: Meter, status: Status, after: float | None, sample: Sample | None, output: dict[str, str]

@@ -175,6 +175,6 @@ def test_a_loss_of_the_other_task_that_is_not_finite_ends_the_run(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, llama)
-    monkeypatch.setattr("fitune.runtime.train.evaluate", lambda built, rows, *more: math.nan if len(rows) == 4 else 1.0)
+    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda built, rows, *more: math.nan if len(rows) == 4 else 1.0)
     with pytest.raises(RunError, match=r"the loss of data.forgetting is nan after 0 steps"):
         run_recipe_file(recipe)

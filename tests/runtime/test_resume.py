@@ -291,7 +291,7 @@ def test_the_last_checkpoints_stay_and_the_best_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 6.5, 6.6])
-    monkeypatch.setattr("fitune.runtime.train.evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda *_: next(losses))
     recipe = write_recipe(
         tmp_path,
         llama,
@@ -310,7 +310,7 @@ def test_training_ends_when_the_held_out_loss_is_no_longer_better(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 6.0, 4.0, 7.0, 8.0, 6.5])
-    monkeypatch.setattr("fitune.runtime.train.evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda *_: next(losses))
     train = {"max_steps": 30, "eval_every": 2, "early_stopping_patience": 2}
     report = execute(write_recipe(tmp_path, llama, train=train))
     assert (report.status, report.speed.steps, report.best_step) == ("finished", 10, 6)
