@@ -66,8 +66,6 @@ def list_warnings(
         texts.append(
             f"rows of {data.longest_row_tokens:,} tokens are longer than the {longest:,} that the model was made for"
         )
-    if strategy.compile:
-        texts.append("train.compile: memory is planned as for the eager step, with a margin of 20 % more")
     return (*texts, *list_version_warnings(versions))
 
 

@@ -63,11 +63,6 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
             'model.attention: "flash_attention_2" needs a GPU of compute capability 8.0 or more, and this plan is for '
             f'{device.name}: use "sdpa"'
         )
-    if recipe.train.compile is True and method == "qlora":
-        raise PlanError(
-            "train.compile: compiled 4-bit layers keep their dequantised weights (29 GiB against 10 measured for an 8B "
-            'model): leave it out, or use method.kind = "lora"'
-        )
     compute: Dtype = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     asked = recipe.model.dtype
     if asked == "auto":
@@ -95,12 +90,13 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
     """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
-    for setting, checkpointed, head, optimizer, micro in product(
+    for setting, checkpointed, head, optimizer, micro, compiled in product(
         list_settings(recipe, device, method),
         _list_checkpointed_layers(recipe, shape),
         _list_loss_heads(recipe, method, shape),
         AUTO_OPTIMIZERS[device.kind] if train.optimizer == "auto" else (train.optimizer,),
         _list_micro_batch_sizes(recipe),
+        _list_compile(recipe, device, shape),
     ):
         adapter_dtype: Dtype | None = None
         if has_adapter:
@@ -122,7 +118,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             checkpointed_layers=checkpointed,
             loss_head=head,
             optimizer=optimizer,
-            compile=train.compile is True,
+            compile=compiled,
             packing=recipe.data.packing,
             activation_offload=train.activation_offload,
             expandable_segments=train.expandable_segments,
@@ -143,6 +139,15 @@ def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, .
             f"use a number up to {shape.layers}, or true for all"
         )
     return (asked,)
+
+
+def _list_compile(recipe: Recipe, device: Device, shape: ModelShape) -> tuple[bool, ...]:
+    """Whether layers are compiled. Auto compiles dense layers of known families on a GPU; others are the recipe's to
+    ask for: what they do depends on the data, which compiles often or not at all."""
+    if recipe.train.compile != "auto":
+        return (recipe.train.compile,)
+    is_plain = shape.experts is None and not shape.is_guess
+    return (True, False) if device.kind == "cuda" and device.compiles and is_plain else (False,)
 
 
 def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple[LossHead, ...]:

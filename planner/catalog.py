@@ -18,6 +18,8 @@ from .rates import make_gpu_rates
 from .strategy import Device, Value
 
 DRIVER_SHARE = 0.02
+TRITON_CAPABILITY = (7, 0)
+"""The oldest compute capability that Triton, and so torch.compile, generates code for."""
 _DATA = Path(__file__).parent / "data"
 
 
@@ -80,6 +82,12 @@ class CatalogGpu(Value):
         return int(self.memory_bytes * (1 - DRIVER_SHARE))
 
     @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability as numbers, such as (9, 0)."""
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
+
+    @property
     def memory_bytes(self) -> int:
         return self.memory_mib * MiB
 
@@ -123,6 +131,7 @@ def make_catalog_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
         memory_bytes=gpu.memory_bytes,
         budget_bytes=budget.memory_bytes or gpu.usable_bytes,
         bf16=gpu.bf16,
+        compiles=gpu.capability >= TRITON_CAPABILITY,
         gpus=budget.gpus,
         host_memory_bytes=budget.host_memory_bytes,
         disk_bytes=budget.disk_bytes,

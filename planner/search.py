@@ -156,7 +156,6 @@ def find_alike(recipe: Recipe, device: Device, shape: ModelShape, *, like: Strat
 def make_families(strategies: Iterable[Strategy]) -> list[Family]:
     """Strategies by what they have in common beside the checkpointed layers.
 
-
     With offload, which is the faster the fewer activations leave the device, each stands alone.
     """
     families: dict[Strategy, Family] = {}
@@ -347,4 +346,4 @@ class _Judge:
 
 
 def _kind(strategy: Strategy) -> tuple[object, ...]:
-    return strategy.method, strategy.weights_dtype, strategy.loss_head
+    return strategy.method, strategy.weights_dtype, strategy.loss_head, strategy.compile

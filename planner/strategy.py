@@ -75,6 +75,7 @@ class Device(Value):
     driver:          NVIDIA driver version, None without one or for a card of the catalog
     beside:          what `fitune calibrate` learnt of it, None where the closed form's constant holds
     rates:           how fast it works, None where that is not known: then no time is predicted
+    compiles:        whether layers can be compiled: a GPU that Triton knows, and a C compiler for its launchers
     """
 
     name: str
@@ -89,6 +90,7 @@ class Device(Value):
     driver: str | None = None
     beside: DeviceConstant | None = None
     rates: Rates | None = None
+    compiles: bool = True
 
 
 class DataFacts(Value):
@@ -126,7 +128,7 @@ class Strategy(Value):
     loss_head:        `full` keeps the logits of all tokens; `chunked` has 1,024 rows of them at a time and computes
                       them again in backward; `fused` computes their gradient chunk by chunk in the forward
     optimizer:        one of the recipe's names
-    compile:          layers compiled
+    compile:          layers compiled, and with them the fused loss head
     packing:          short rows put together, which gives attention an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
     expandable_segments: segments of CUDA's caching allocator grow

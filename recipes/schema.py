@@ -250,7 +250,7 @@ class TrainTable(Table):
     loss_head: Literal["auto", "full", "chunked", "fused"] = "auto"
     """Logits of all tokens at once (full) or of some (chunked, fused); fused computes gradients in the forward."""
     compile: Literal["auto"] | bool = "auto"
-    """Whether layers are compiled."""
+    """Whether layers are compiled; auto: dense layers of known families on a GPU."""
     activation_offload: bool = False
     """Whether what the layers keep for backward waits in host memory; on a GPU only."""
     expandable_segments: bool = False

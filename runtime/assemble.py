@@ -15,7 +15,7 @@ from .losses import check_loss_head
 from .packing import check_packing
 from .planning import Job
 from .save import name_base_model
-from .step import autocast
+from .step import autocast, uncompiled
 
 
 def build_for_run(job: Job, plan: Plan, base_folder: Path, device: torch.device) -> BuiltModel:
@@ -31,7 +31,7 @@ def build_for_run(job: Job, plan: Plan, base_folder: Path, device: torch.device)
     )
     name_base_model(built.model, job.source.hub_id or str(base_folder.resolve()))
     _check_trainable(built, method.adapter, plan.parameters.trainable)
-    with autocast(strategy, device):
+    with autocast(strategy, device), uncompiled(strategy):
         check_loss_head(built.model, built.base, loss_head=strategy.loss_head, device=device)
         if strategy.packing:
             check_packing(built.model, built.base, device=device)

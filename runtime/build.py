@@ -14,8 +14,13 @@ from torch import nn
 from ..planner.shape import make_shape
 from ..planner.strategy import Strategy
 from ..recipes.errors import ModelError
+from .linear_4bit import make_compilable
 from .quiet import quiet_libraries
 from .step import TORCH_DTYPES
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one layer class. Beyond it torch runs the layer eagerly, in more memory than was planned: PyTorch's 8 are
+used up by the first layer, whose input needs no gradient, the others, and a few lengths of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +216,8 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     if strategy.checkpointed_layers:
         checkpoint_layers(base, strategy.checkpointed_layers)
     if strategy.compile:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        make_compilable(base)
         for layer in find_layers(base):
             layer.compile()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Literal
 
 import psutil
 
-from ..planner.catalog import find_gpu, make_catalog_device
+from ..planner.catalog import TRITON_CAPABILITY, find_gpu, make_catalog_device
 from ..planner.rates import make_gpu_rates
 from ..planner.strategy import Device, DeviceConstant, Rates
 from ..recipes.errors import DeviceError
@@ -150,11 +153,17 @@ def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
         memory_bytes=min(gpu.memory_bytes or 0 for gpu in gpus),
         budget_bytes=budget.memory_bytes or fullest.free_bytes,
         bf16=all(gpu.bf16 for gpu in gpus),
+        compiles=has_compiler() and all((gpu.compute_capability or (0, 0)) >= TRITON_CAPABILITY for gpu in gpus),
         gpus=budget.gpus,
         budget_source="free memory of the card" if budget.memory is None else "budget.memory",
         driver=here.driver,
         rates=_find_rates(gpus[0].name),
     )
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for its launchers."""
+    return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:

@@ -11,7 +11,7 @@ from .batches import iterate_eval_batches
 from .build import BuiltModel
 from .encoding import Encoder
 from .losses import compute_loss
-from .step import autocast, uncast_adapter_inputs
+from .step import autocast, uncast_adapter_inputs, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def evaluate(built: BuiltModel, rows: TokenizedRows, strategy: Strategy, device:
     """Mean cross-entropy of the held-out rows' trained tokens; leaves the model in training mode."""
     built.model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(built.model):
+    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(built.model), uncompiled(strategy):
         for batch in iterate_eval_batches(rows, micro_batch_size=strategy.micro_batch_size):
             loss = compute_loss(
                 built.model,
@@ -55,7 +55,7 @@ def answer(
     ids = torch.tensor([Encoder(tokenizer).encode_prompt(messages)], device=device)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), autocast(strategy, device):
+    with torch.no_grad(), autocast(strategy, device), uncompiled(strategy):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

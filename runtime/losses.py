@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def compute_loss(
     loss_head: str,
     tokens: int,
     position_ids: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens divided by `tokens`, a scalar.
 
@@ -37,6 +40,7 @@ def compute_loss(
     labels:    [micro_batch, sequence], IGNORED where a token is not trained; shifted here
     tokens:    trained tokens of the whole optimizer step, so that losses of micro-batches add up to its mean
     position_ids: [micro_batch, sequence] of packed rows; None otherwise
+    compiled:  whether the fused head's work on logits is compiled
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
@@ -48,7 +52,7 @@ def compute_loss(
     if loss_head == "fused" and torch.is_grad_enabled():
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         fused: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), transform
+            hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), transform, compiled
         )
         return fused / tokens
     hidden = hidden[:, :-1]
@@ -75,19 +79,26 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        compiled: bool,
     ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
-            return _accumulate(ctx, hidden, weight, bias, targets, transform, dtype)
+            differentiate = _differentiate_compiled if compiled else _differentiate_chunk
+            return _accumulate(ctx, hidden, weight, bias, targets, partial(differentiate, transform), dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *flowing: Tensor) -> Any:
         # Scaled in place, since nothing else reads them; autograd refuses a second backward, which would scale twice.
         gradients = [None if one is None else one.mul_(flowing[0]) for one in ctx.saved_tensors]
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 def _accumulate(
@@ -96,7 +107,7 @@ def _accumulate(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    transform: LogitTransform,
+    differentiate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     dtype: torch.dtype,
 ) -> Tensor:
     """The loss; saves the gradients of hidden, weight and bias, computed in `dtype`."""
@@ -109,7 +120,7 @@ def _accumulate(
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         part = hidden[rows].to(dtype)
-        loss, gradient = _differentiate_chunk(F.linear(part, weight, bias), targets[rows], transform)
+        loss, gradient = differentiate(F.linear(part, weight, bias), targets[rows])
         total = total + loss
         trained = (targets[rows] != IGNORED).to(dtype).unsqueeze(1)
         if to_hidden is not None:
@@ -130,7 +141,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _differentiate_chunk(logits: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+def _differentiate_chunk(transform: LogitTransform, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, its gradient by logits [rows, vocabulary] in their dtype): softmax - one-hot.
 
     Rows without a label count nothing in the loss; the caller leaves out their gradients, which are fewer by then.
@@ -143,6 +154,16 @@ def _differentiate_chunk(logits: Tensor, targets: Tensor, transform: LogitTransf
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
     return loss, transform.pull_back(gradient, treated).to(logits.dtype)
+
+
+@cache
+def _compile_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_differentiate_chunk)
+
+
+def _differentiate_compiled(transform: LogitTransform, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in few kernels, which write nothing in float32."""
+    return _compile_chunk()(transform, logits, targets)
 
 
 @dataclass(frozen=True, kw_only=True)

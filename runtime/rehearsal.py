@@ -8,7 +8,7 @@ from typing import Any
 from ..planner.allocator import CachingAllocator
 from ..planner.catalog import find_gpu
 from ..planner.clock import find_order_rates, make_closed_form_clock
-from ..planner.estimate import COMPILED_MARGIN, CUDA_HOST_BYTES, estimate_memory
+from ..planner.estimate import CUDA_HOST_BYTES, estimate_memory
 from ..planner.families import FAMILIES
 from ..planner.memory import PHASES, Components, Memory, Phase
 from ..planner.shape import ModelShape, make_shape
@@ -171,7 +171,7 @@ def _summarise(
         peak_reserved_bytes=reserved,
         managed_bytes=replay.managed_bytes,
         peak_device_bytes=device_bytes,
-        required_bytes=int(device_bytes * (1 + DEVICE_MARGIN + (COMPILED_MARGIN if strategy.compile else 0.0))),
+        required_bytes=int(device_bytes * (1 + DEVICE_MARGIN)),
         budget_bytes=device.budget_bytes,
         host_bytes=quick.host_bytes if quick else CUDA_HOST_BYTES + max(trained, merged),
         disk_bytes=quick.disk_bytes if quick else trained + merged,

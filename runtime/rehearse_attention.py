@@ -110,6 +110,14 @@ class _Flash(torch.autograd.Function):
         return (*(one.transpose(1, 2) for one in parts), None)
 
 
+def flash_backward_temporaries(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Bytes that FlashAttention-2's backward allocates beside its results, as in _Flash.backward."""
+    batch, heads, rows, width = query.shape
+    rounded = 128 * ceil(rows / 128)
+    expanded = (batch * key.shape[2] * heads * width * query.element_size(),) * 2 if key.shape[1] != heads else ()
+    return 4 * batch * heads * rounded, 4 * batch * rounded * heads * _round_head(width), *expanded
+
+
 def _round_head(width: int) -> int:
     multiple = 32 if width <= 128 else 64
     return multiple * ceil(width / multiple)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .rehearse_attention import attend
+from .rehearse_attention import attend, flash_backward_temporaries
 from .rehearse_watch import FUSED_4BIT
 
 _T = torch.Tensor
@@ -61,6 +61,10 @@ class CudaCard:
         """Bytes that an operation's CUDA kernel allocates beside its results and frees."""
         if func.name() == FUSED_4BIT:
             return _gemm_4bit_temporaries(*args)
+        if func.name() == "fitune::multiply_4bit":
+            return _dequantization(args[2], args[0])
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
+            return flash_backward_temporaries(*args[1:3])
         return ()
 
 
@@ -71,11 +75,15 @@ def _gemm_4bit_temporaries(
 
     bitsandbytes/backends/cuda/ops.py: from 513 rows on every card but the A100 dequantises.
     """
-    rows, elements = activations.numel() // activations.shape[-1], shape[0] * shape[1]
-    if rows <= FUSED_4BIT_ROWS:
-        return ()
+    rows = activations.numel() // activations.shape[-1]
+    return () if rows <= FUSED_4BIT_ROWS else _dequantization(shape, activations)
+
+
+def _dequantization(shape: Any, like: Tensor) -> tuple[int, ...]:
+    """A weight's constants, twice for a moment, and the weight itself in the dtype that is computed in."""
+    elements = shape[0] * shape[1]
     constants = 4 * -(-elements // 64)
-    return constants, constants, elements * activations.element_size()
+    return constants, constants, elements * like.element_size()
 
 
 class CudaFunctions(TorchFunctionMode):

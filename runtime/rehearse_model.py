@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..planner.strategy import Strategy
 from ..recipes.errors import ModelError
 from .build import add_adapters, find_layers, make_quantization, prepare_training
+from .linear_4bit import make_compilable
 from .quiet import quiet_libraries
 from .step import TORCH_DTYPES
 
@@ -67,6 +68,7 @@ class RehearsalModel:
 
     model, base: as in runtime.build.BuiltModel
     layers:      the traced decoder layers
+    kinds:       what tells one of them from another
     cut:         how they stand for the whole model
     weights:     every parameter and buffer of the whole base model, in the order in which they are made
     adapters:    every adapter matrix of the whole model, in order
@@ -77,6 +79,7 @@ class RehearsalModel:
     model: nn.Module
     base: Any
     layers: Sequence[nn.Module]
+    kinds: Sequence[Hashable]
     cut: Cut
     weights: tuple[TensorSpec, ...]
     adapters: tuple[TensorSpec, ...]
@@ -88,12 +91,15 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
     """The model on meta with its adapters, its layers cut to those that are traced; make_fakes() comes next."""
     base = _build_base(config, strategy)
     weights, tied = _list_weights(base), _find_tied(base)
-    plan = _plan_cut(base, strategy) if cut else _no_cut(base)
+    kinds = _kinds(base)
+    plan = _plan_cut(kinds, strategy) if cut else _no_cut(kinds)
     _cut_layers(base, plan)
     with torch.device("meta"):
         model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
     checkpointed = sum(index < strategy.checkpointed_layers for index in plan.picked)
-    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed}))
+    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed, "compile": False}))
+    if strategy.compile:
+        make_compilable(base)
     model.train()
     expanded = tuple(_expand(model, base, plan))
     adapters = tuple(spec for name, spec in expanded if ".lora_" in name)
@@ -102,6 +108,7 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
         model=model,
         base=base,
         layers=tuple(find_layers(base)),
+        kinds=[kinds[index] for index in plan.picked],
         cut=plan,
         weights=weights,
         adapters=adapters,
@@ -146,7 +153,7 @@ def _quantize(base: Any, strategy: Strategy) -> None:
 
 def is_nf4(module: nn.Module, name: str) -> bool:
     """Whether a module's tensor is a weight that bitsandbytes packs to 4 bits."""
-    return name == "weight" and type(module).__name__ == "Linear4bit"
+    return name == "weight" and type(module).__name__ in ("Linear4bit", "PackedLinear4bit")
 
 
 def _make_spec(module: nn.Module, name: str, tensor: Tensor) -> TensorSpec:
@@ -205,14 +212,13 @@ def _kinds(base: Any) -> list[tuple[Any, ...]]:
     return kinds
 
 
-def _no_cut(base: Any) -> Cut:
-    layers = tuple(range(len(find_layers(base))))
+def _no_cut(kinds: Sequence[Hashable]) -> Cut:
+    layers = tuple(range(len(kinds)))
     return Cut(picked=layers, sources=layers, blocks=(len(layers),), copies={})
 
 
-def _plan_cut(base: Any, strategy: Strategy) -> Cut:
+def _plan_cut(kinds: Sequence[Hashable], strategy: Strategy) -> Cut:
     """The fewest layers that show every transition, of the checkpointed ones and of the others."""
-    kinds = _kinds(base)
     checkpointed = min(strategy.checkpointed_layers, len(kinds))
     picked: list[int] = []
     sources: list[int] = []
@@ -243,7 +249,7 @@ def _source(layer: int, period: int, before: int, copies: int) -> int:
     return layer - copies * period
 
 
-def _find_blocks(kinds: Sequence[tuple[Any, ...]]) -> tuple[tuple[int, ...], int]:
+def _find_blocks(kinds: Sequence[Hashable]) -> tuple[tuple[int, ...], int]:
     """Layers of each block: a first one, three alike, and a last one with what remains; and how often the middle one
     is left out. One block of all, where they do not repeat as often."""
     layers = len(kinds)

@@ -15,6 +15,7 @@ from ..planner.strategy import Strategy
 from ..recipes.errors import TraceError
 from .losses import compute_loss
 from .offload import OffloadHooks, offload_decoder
+from .rehearse_compile import compiled_layers
 from .rehearse_cost import Operation, current_ledger, kept_ledger
 from .rehearse_cuda import CudaCard, cuda_semantics
 from .rehearse_fakes import make_fakes
@@ -48,8 +49,7 @@ class TracedStep:
 def trace_step(
     config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int, cut: bool = True
 ) -> TracedStep:
-    """Trace a step; cut: trace few layers and repeat the middle ones' events. Compiled layers are traced eagerly."""
-    strategy = strategy.model_copy(update={"compile": False})
+    """Trace a step; cut: trace few layers and repeat the middle ones' events."""
     with _trace_errors(config["model_type"]):
         model = build_rehearsal_model(config, strategy, cut=cut)
     with _trace_errors(type(model.base).__name__):
@@ -95,10 +95,12 @@ def _record(
     ):
         watch.enter("build", "weights")
         make_fakes(model.model, strategy)
-        for _ in range(micro_batches):
-            watch.enter("data", "temporary")
-            ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)
-            _run_micro_batch(model, strategy, watch, ids)
+        compiled = compiled_layers(model.layers, model.kinds, watch) if strategy.compile else contextlib.nullcontext()
+        with compiled:
+            for _ in range(micro_batches):
+                watch.enter("data", "temporary")
+                ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)
+                _run_micro_batch(model, strategy, watch, ids)
     watch.settle()
     for parameter in model.model.parameters():
         if parameter.grad is not None:
@@ -119,6 +121,7 @@ def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWa
             loss_head=strategy.loss_head,
             tokens=ids.numel(),
             position_ids=positions,
+            compiled=strategy.compile,
         )
     watch.enter("backward", "loss_head")
     watch.backward = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +77,22 @@ class StorageWatch(TorchDispatchMode):
         self._sum: tuple[_Storage, int, int] | None = None
         self._handles: set[int] = set()
         self.ledger = Ledger(self.number_of, lambda: len(self.recording.marks) - 1)
+        self._muted = False
+
+    @contextlib.contextmanager
+    def muted(self, active: bool) -> Iterator[None]:
+        """Inside, if active, results are not recorded: what a compiled kernel never writes to memory."""
+        self._muted = active
+        try:
+            yield
+        finally:
+            self._muted = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._muted:
+            result = func(*args, **(kwargs or {}))
+            self.ledger.note_fused(args, kwargs, result)
+            return result
         self.settle()
         held = [self.recording.allocate(size, "temporary") for size in self._temporaries(func, args)]
         result = func(*args, **(kwargs or {}))

@@ -76,6 +76,13 @@ def autocast(strategy: Strategy, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def uncompiled(strategy: Strategy) -> Iterator[None]:
+    """Inside, compiled layers run eagerly: for what runs seldom, and with shapes of its own."""
+    with torch.compiler.set_stance("force_eager") if strategy.compile else contextlib.nullcontext():
+        yield
+
+
 def make_scaler(strategy: Strategy, device: torch.device) -> torch.amp.GradScaler:
     """A gradient scaler, enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=strategy.compute_dtype == "fp16")
@@ -111,6 +118,7 @@ def training_step(
                 loss_head=strategy.loss_head,
                 tokens=tokens,
                 position_ids=batch.position_ids,
+                compiled=strategy.compile,
             )
         enter_phase("backward")
         scaler.scale(loss).backward()

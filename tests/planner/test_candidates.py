@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,14 +71,9 @@ def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -
 )
 @pytest.mark.parametrize("device", [H100, CPU], ids=["gpu", "cpu"])
 def test_what_the_recipe_fixes_stays_fixed(key: str, value: object, field: str, device: Device) -> None:
-    for method in ("full", "lora") if key == "compile" else ("full", "lora", "qlora"):
+    for method in ("full", "lora", "qlora"):
         found = list_all({"train": {key: value}}, device, method)
         assert {getattr(one, field) for one in found} == {value}
-
-
-def test_compiled_layers_are_refused_for_qlora_and_left_to_the_others() -> None:
-    with pytest.raises(PlanError, match=r"train\.compile: compiled 4-bit layers keep"):
-        list_all({"train": {"compile": True}}, H100, "qlora")
 
 
 def test_what_the_recipe_leaves_open_is_all_tried() -> None:
@@ -85,7 +81,21 @@ def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     assert {one.checkpointed_layers for one in found} == {0, LAYERS}
     assert {one.loss_head for one in found} == {"full", "fused"}
     assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
-    assert {one.compile for one in found} == {False}
+    assert {one.compile for one in found} == {False, True}
+
+
+def test_auto_compiles_dense_layers_of_known_families_on_a_gpu_that_can() -> None:
+    mixture, unknown = find_shape("mixtral-8x7b"), replace(SHAPE, is_guess=True)
+    found = {
+        (device.name, shape.model_type): {one.compile for one in list_strategies(recipe_with(), device, "lora", shape)}
+        for device, shape in (
+            (CPU, SHAPE),
+            (H100, mixture),
+            (H100.model_copy(update={"name": "no compiler", "compiles": False}), SHAPE),
+        )
+    }
+    assert set(map(frozenset, found.values())) == {frozenset({False})}
+    assert {one.compile for one in list_strategies(recipe_with(), H100, "lora", unknown)} == {False}
 
 
 def test_offload_and_expandable_segments_are_the_recipes_to_ask_for() -> None:
