@@ -56,12 +56,18 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
 
     full: fp32 weights under autocast, then bf16 weights rounded stochastically. Adapters: frozen weights in the
     16-bit dtype that the device computes in, fp32 on a CPU that computes in fp32. Raises PlanError for what
-    cannot train: fp16 on a CPU, fp16 weights that are trained, or FlashAttention 2 where it has no kernels.
+    cannot train: fp16 on a CPU, fp16 weights that are trained, FlashAttention 2 where it has no kernels, or compiled
+    layers where nothing compiles them.
     """
     if recipe.model.attention == "flash_attention_2" and not (device.kind == "cuda" and device.bf16):
         raise PlanError(
             'model.attention: "flash_attention_2" needs a GPU of compute capability 8.0 or more, and this plan is for '
             f'{device.name}: use "sdpa"'
+        )
+    if recipe.train.compile is True and device.kind == "cuda" and not device.compiles:
+        raise PlanError(
+            f"train.compile: {device.name} cannot run compiled layers: they need a GPU of compute capability 7.0 or "
+            "more, and Triton and a C compiler on its machine: leave it out"
         )
     compute: Dtype = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     asked = recipe.model.dtype

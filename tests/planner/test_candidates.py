@@ -177,6 +177,12 @@ def test_flash_attention_is_refused_where_it_has_no_kernels(device: Device) -> N
     assert list_settings(recipe, H100, "lora")
 
 
+def test_compiled_layers_are_refused_where_nothing_compiles_them() -> None:
+    recipe, card = recipe_with(train={"compile": True}), H100.model_copy(update={"compiles": False})
+    with pytest.raises(PlanError, match=r"train\.compile: .* needs? a GPU of compute capability 7\.0"):
+        list_settings(recipe, card, "lora")
+
+
 def test_a_family_without_sdpa_gets_eager_attention() -> None:
     capped = find_shape("gemma-2-2b")
     assert not capped.has_sdpa

@@ -162,7 +162,6 @@ def test_bf16_weights_that_are_trained_are_rounded_stochastically_and_the_plan_s
     [
         ({"budget": {"gpus": 2}}, H100, "budget.gpus = 2: this version trains on one card"),
         ({"budget": {"max_hours": 1.0}}, CPU, "budget.max_hours: how fast CPU, 2 cores is is not known"),
-        ({"train": {"compile": True}}, H100, "train.compile"),
         ({"train": {"optimizer": "paged_adamw"}}, CPU, "paged optimizers run unpaged on a CPU"),
         ({"train": {"activation_offload": True}}, CPU, "train.activation_offload = true: it has no effect on a CPU"),
         ({"train": {"expandable_segments": True}}, CPU, "train.expandable_segments = true: it has no effect on a CPU"),
