@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 
 
-@torch.library.custom_op("fitune::multiply_4bit", mutates_args=())
+@library.custom_op("fitune::multiply_4bit", mutates_args=())
 def multiply_4bit(
     gradient: Tensor,
     packed: Tensor,
