@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .preflight import DataReport, SampleSequence, SetFacts, SourceFacts
+from .data_report import DataReport, SampleSequence, SetFacts, SourceFacts
 from .shown import show_text
 
 BAR_COLUMNS = 40

@@ -21,6 +21,7 @@ from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
 from .data import TokenizedData, tokenize_data
+from .data_report import DataReport
 from .devices import probe_device
 from .models import (
     ModelSource,
@@ -30,7 +31,7 @@ from .models import (
     measure_stored_bytes,
     measure_tokenizer_bytes,
 )
-from .preflight import DataReport, check_data
+from .preflight import check_data
 from .sources import LoadedRows, find_absent, load_rows
 from .versions import find_versions
 

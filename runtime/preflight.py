@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from ..planner.strategy import Value
 from ..recipes.errors import DataError
 from ..recipes.schema import DataTable
 from .batches import UNTRAINED
 from .data import TokenizedData, make_settings
+from .data_report import DataReport, Leak, LengthBin, SamplePiece, SampleSequence, SetFacts, SourceFacts
 from .mixture import count_draws
 from .rows import Row
 from .sources import STREAM_HEAD_ROWS, LoadedRows, SourceRows, normalize
@@ -27,140 +27,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 3
 """Rows that are shown as the model sees them."""
-
-
-class SourceFacts(Value):
-    """One source of the data.
-
-    name:           as the recipe writes it
-    format:         of its rows
-    rows:           as they were read
-    sequences:      that are trained on or evaluated
-    tokens:         of the sequences
-    trained_tokens: of them with a label
-    epoch_rows:     sequences that an epoch draws
-    unread:         how many rows have each column that is not read
-    """
-
-    name: str
-    format: str
-    rows: int
-    sequences: int
-    tokens: int
-    trained_tokens: int
-    epoch_rows: int
-    unread: dict[str, int]
-
-
-class LengthBin(Value):
-    """How many sequences have at most so many tokens, and more than the bin before; as written, before any is cut."""
-
-    most_tokens: int
-    sequences: int
-
-
-class SetFacts(Value):
-    """The training rows, or the held-out ones.
-
-    rows:           as they were read
-    sequences:      that are trained on or evaluated
-    tokens:         of the sequences
-    trained_tokens: of them with a label
-    longest_tokens: of the longest row as it was written
-    mean_tokens:    of a row as it was written
-    lengths:        a histogram
-    truncated:      sequences that are cut at data.max_length
-    split:          rows that were split because they are longer
-    too_long:       sequences that were left out because they are longer
-    empty:          sequences that were left out because nothing of them is trained
-    escaped:        rows in which a message says a control token's text
-    unended:        conversations that do not end with a token that ends a turn
-    duplicates:     rows that say the same as one before, but for case and white space
-    """
-
-    rows: int
-    sequences: int
-    tokens: int
-    trained_tokens: int
-    longest_tokens: int
-    mean_tokens: float
-    lengths: tuple[LengthBin, ...]
-    truncated: int
-    split: int
-    too_long: int
-    empty: int
-    escaped: int
-    unended: int
-    duplicates: int
-
-    @property
-    def trained_share(self) -> float:
-        """trained_tokens / tokens."""
-        return self.trained_tokens / max(1, self.tokens)
-
-    @property
-    def truncated_share(self) -> float:
-        """truncated / (sequences before any was left out)."""
-        return self.truncated / max(1, self.sequences + self.too_long + self.empty)
-
-
-class Leak(Value):
-    """Held-out rows that are among the training rows: what they measure is memory.
-
-    exact:         rows that are the same to the letter
-    normalized:    rows that are the same but for case and white space, exact ones included
-    same_question: rows of which everything but the last answer is in training, with another answer
-    first:         the first such pair, such as `eval.jsonl:3 is train.jsonl:17`; None where there is none
-    """
-
-    exact: int
-    normalized: int
-    same_question: int
-    first: str | None
-
-
-class SamplePiece(Value):
-    """A stretch of a sequence: its text, and whether it is trained."""
-
-    text: str
-    trained: bool
-
-
-class SampleSequence(Value):
-    """A row as the model sees it, with the file and line that it comes from."""
-
-    where: str
-    pieces: tuple[SamplePiece, ...]
-
-
-class DataReport(Value):
-    """The data check.
-
-    recipe:    the recipe's path
-    max_length: data.max_length, tokens
-    streamed:  whether the rows are the first of each source only, since data.streaming reads them in the run
-    packed:    rows that the training sequences were packed into, None where they are not
-    forgetting_sources, forgetting: the sources and rows of another task (data.forgetting); None without
-    leak:      None without held-out rows
-    problems:  why a run is refused; empty where it is not
-    notes:     what else should be known
-    """
-
-    format_version: Literal[1] = 1
-    recipe: str
-    max_length: int
-    sources: tuple[SourceFacts, ...]
-    held_out: tuple[SourceFacts, ...]
-    train: SetFacts
-    eval: SetFacts | None
-    forgetting_sources: tuple[SourceFacts, ...] = ()
-    forgetting: SetFacts | None = None
-    streamed: bool = False
-    packed: int | None
-    leak: Leak | None
-    samples: tuple[SampleSequence, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +64,13 @@ def check_data(recipe: str, table: DataTable, loaded: LoadedRows, data: Tokenize
         leak=twins.leak,
         samples=tuple(_draw_samples(loaded.train_rows, data.tokenizer, table, seed)),
         problems=tuple(_list_problems(table, train, held_out, twins.leak)),
-        notes=(
-            *_list_notes(table, loaded, data, train, held_out, twins),
-            *_list_forgetting_notes(table, loaded, forgetting),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *_list_notes(table, loaded, data, train, held_out, twins),
+                    *_list_forgetting_notes(table, loaded, forgetting),
+                ]
+            )
         ),
     )
 
@@ -334,8 +204,8 @@ def _list_problems(table: DataTable, train: SetFacts, held_out: SetFacts | None,
         )
     if train.unended:
         yield (
-            f"{train.unended:,} conversations do not end with a token that ends a turn, and the tokenizer has no "
-            "end-of-sequence token: the model would not learn to stop"
+            f"conversations that do not end with a token that ends a turn: {train.unended:,}; the tokenizer has no "
+            "end-of-sequence token either, so the model would not learn to stop"
         )
 
 
@@ -357,15 +227,15 @@ def _list_notes(
     if twins.repeated:
         later, earlier = twins.repeated[0]
         yield (
-            f"{len(twins.repeated):,} training rows ({len(twins.repeated) / train.rows:.1%}) say the same as one "
-            f"before (the first: {later} is {earlier})"
+            f"training rows that say the same as one before: {len(twins.repeated):,} "
+            f"({len(twins.repeated) / train.rows:.1%}; the first: {later} is {earlier})"
         )
     if twins.leak is not None and twins.leak.same_question:
-        yield f"{twins.leak.same_question:,} held-out rows ask what a training row asks, with another answer"
+        yield f"held-out rows that ask what a training row asks, with another answer: {twins.leak.same_question:,}"
     for source in (*loaded.train, *loaded.eval, *loaded.forgetting):
         if source.unread:
-            listed = ", ".join(f"{name} ({rows:,} rows)" for name, rows in sorted(source.unread.items())[:8])
-            yield f"{source.name}: not read: {listed}"
+            listed = ", ".join(f"{name} ({rows:,})" for name, rows in sorted(source.unread.items())[:8])
+            yield f"{source.name}: columns not read, with their rows: {listed}"
 
 
 def _list_forgetting_notes(table: DataTable, loaded: LoadedRows, facts: SetFacts | None) -> Iterable[str]:
@@ -385,12 +255,13 @@ def _list_counts(name: str, facts: SetFacts, table: DataTable) -> Iterable[str]:
     """What became of rows that were not taken as they are."""
     length = f"data.max_length = {table.max_length:,} tokens"
     if facts.truncated:
-        yield f"{facts.truncated:,} {name} rows ({facts.truncated_share:.1%}) are cut at {length}"
-    if facts.split:
-        yield f"{facts.split:,} {name} rows are longer than {length} and were split"
-    if facts.too_long:
-        yield f"{facts.too_long:,} {name} rows are longer than {length} and were left out"
-    if facts.empty:
-        yield f"{facts.empty:,} {name} rows have nothing to train within {length} and were left out"
-    if facts.escaped:
-        yield f"{facts.escaped:,} {name} rows spell a control token of the model in a message: it is encoded as text"
+        yield f"{name} rows cut at {length}: {facts.truncated:,} ({facts.truncated_share:.1%})"
+    counted = {
+        f"longer than {length}, split": facts.split,
+        f"longer than {length}, left out": facts.too_long,
+        f"with nothing to train within {length}, left out": facts.empty,
+        "in which a message spells a control token of the model, encoded as text": facts.escaped,
+    }
+    for what, rows in counted.items():
+        if rows:
+            yield f"{name} rows {what}: {rows:,}"

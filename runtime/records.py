@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,8 @@ def _load_from_hub(dataset: Dataset, *, streaming: bool) -> Iterator[Record]:
     import datasets
 
     name = dataset.name
+    # Every failed attempt would be a line of its own; what is wrong is said once below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(name, dataset.subset, streaming=streaming)
     # Errors of several libraries come out here (HTTP, parquet, its own); each means that the rows cannot be had.

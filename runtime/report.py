@@ -20,9 +20,9 @@ from ..planner.reasons import describe_strategy
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
 from ..recipes.units import format_bytes
+from .data_report import DataReport
 from .data_view import describe_data
 from .forgetting import Forgetting, render_forgetting
-from .preflight import DataReport
 from .rundir import PLAN_NAME, REPORT_NAME
 from .shown import show_text
 

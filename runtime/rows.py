@@ -208,13 +208,18 @@ class _Columns:
         name = next(iter(filled or names), key)
         return self.mapped.get(name, name), self.values.get(name)
 
-    def text(self, key: str, *, optional: bool = False, blank: bool = False) -> str:
-        """A column's text; `optional` takes a missing or null one as empty, `blank` allows only white space."""
+    def require(self, key: str) -> tuple[str, object]:
+        """As `find`; a bad row where the column is missing under each of its names."""
         name, value = self.find(key)
-        if value is None and optional:
-            return ""
         if not self.read & {key, *ALIASES[key]}:
             raise BadRow(f'no "{name}", only {", ".join(map(str, self.values)) or "nothing"}')
+        return name, value
+
+    def text(self, key: str, *, optional: bool = False, blank: bool = False) -> str:
+        """A column's text; `optional` takes a missing or null one as empty, `blank` allows only white space."""
+        if optional and self.find(key)[1] is None:
+            return ""
+        name, value = self.require(key)
         return check_text(name, value, blank=blank or optional)
 
     def list_unread(self) -> set[str]:
@@ -253,7 +258,7 @@ def _parse_system(columns: _Columns) -> tuple[Message, ...]:
 
 def _parse_conversation(columns: _Columns, where: str, key: str) -> Row:
     _refuse_tools(columns.values)
-    name, listed = columns.find(key)
+    name, listed = columns.require(key)
     if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
         raise BadRow(f'"{name}" must be a list of {{"role", "content"}}, is {name_type(listed)}')
     messages = tuple(_parse_message(value, number, columns) for number, value in enumerate(listed, start=1))

@@ -71,9 +71,7 @@ def load_rows(table: DataTable, resolve: Resolve, *, seed: int = 0) -> LoadedRow
     train = [_load(source, table, resolve, TRAIN_SPLITS) for source in list_sources(table.train, table)]
     held_out = list[SourceRows]()
     if isinstance(table.eval, float):
-        pairs = [split_rows(source.rows, table.eval, seed=seed) for source in train]
-        held_out = [replace(source, rows=part) for source, (_, part) in zip(train, pairs, strict=True)]
-        train = [replace(source, rows=rest) for source, (rest, _) in zip(train, pairs, strict=True)]
+        train, held_out = split_sources(train, table.eval, seed=seed)
     elif table.eval is not None:
         held_out = load_eval_rows(table, resolve)
     return LoadedRows(train=tuple(train), eval=tuple(held_out), forgetting=tuple(_load_forgetting(table, resolve)))
@@ -156,22 +154,42 @@ def _parse(parser: RowParser, dataset: Dataset, *, head: int | None = None) -> I
         raise DataError(f"{dataset.name}: no rows")
 
 
-def split_rows(rows: Sequence[Row], fraction: float, *, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(the rest, some `fraction` of the rows), both in order: a seeded choice of at least one row and not of all.
+def split_sources(
+    sources: Sequence[SourceRows], fraction: float, *, seed: int
+) -> tuple[list[SourceRows], list[SourceRows]]:
+    """(the rest, some `fraction` of each source's rows), in order: a seeded choice of one or more, and not of all.
 
-    Rows that say the same stay together: a held-out row with a twin in training would measure memory.
+    Rows that say the same stay together, across sources too: a held-out row with a twin in training would measure
+    memory.
     """
-    groups: dict[object, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(normalize(row), []).append(index)
-    if len(groups) < 2:
-        what = "is the only row" if len(rows) == 1 else "all rows are the same"
-        raise DataError(f"{rows[0].where}: {what}, so none can be held out (data.eval = {fraction})")
-    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    numbers = set(random.Random(f"held out {seed}").sample(range(len(groups)), count))
-    chosen = {index for number, group in enumerate(groups.values()) if number in numbers for index in group}
-    rest = tuple(row for index, row in enumerate(rows) if index not in chosen)
-    return rest, tuple(rows[index] for index in sorted(chosen))
+    digests = [[normalize(row) for row in source.rows] for source in sources]
+    chosen = {
+        one for source, said in zip(sources, digests, strict=True) for one in _choose(source, said, fraction, seed)
+    }
+    train, held_out = list[SourceRows](), list[SourceRows]()
+    for source, said in zip(sources, digests, strict=True):
+        pairs = list(zip(source.rows, said, strict=True))
+        rest = tuple(row for row, one in pairs if one not in chosen)
+        part = tuple(row for row, one in pairs if one in chosen)
+        if not rest:
+            raise DataError(
+                f"{source.name}: every row says what a held-out row of another source says (data.eval = {fraction})"
+            )
+        train.append(replace(source, rows=rest))
+        held_out.append(replace(source, rows=part))
+    return train, held_out
+
+
+def _choose(
+    source: SourceRows, said: Sequence[tuple[str, ...]], fraction: float, seed: int
+) -> Iterator[tuple[str, ...]]:
+    """What the rows say that are held out of one source."""
+    different = list(dict.fromkeys(said))
+    if len(different) < 2:
+        what = "is the only row" if len(said) == 1 else "all rows are the same"
+        raise DataError(f"{source.rows[0].where}: {what}, so none can be held out (data.eval = {fraction})")
+    count = min(max(1, round(fraction * len(different))), len(different) - 1)
+    return map(different.__getitem__, random.Random(f"held out {seed}").sample(range(len(different)), count))
 
 
 def normalize(row: Row) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ class TokenizedRow:
     @property
     def trained_tokens(self) -> int:
         """Tokens with a label, but for the first of the row: nothing predicts it."""
-        return sum(label != UNTRAINED for label in self.labels[1:])
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(UNTRAINED)
 
 
 @dataclass(kw_only=True)

@@ -137,6 +137,11 @@ def test_a_mapped_column_that_a_row_lacks_is_told_by_both_names(tmp_path: Path) 
         load_record(tmp_path, {"frage": 1, "answer": "b"}, columns={"instruction": "frage"})
 
 
+def test_a_format_whose_column_is_missing_is_told_with_the_columns_there_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r'one\.jsonl:1: no "messages", only question, answer'):
+        load_record(tmp_path, {"question": "a", "answer": "b"}, format="messages")
+
+
 def test_a_source_has_columns_of_its_own(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", {"q": QUESTION, "answer": ANSWER})
     write_lines(tmp_path / "b.jsonl", {"body": "feta"})

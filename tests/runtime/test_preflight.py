@@ -14,8 +14,9 @@ from small_tokenizers import CHATML, build_tokenizer
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataTable
 from fitune.runtime.data import tokenize_data
+from fitune.runtime.data_report import DataReport
 from fitune.runtime.data_view import describe_data, render_data
-from fitune.runtime.preflight import DataReport, check_data, refuse_problems
+from fitune.runtime.preflight import check_data, refuse_problems
 from fitune.runtime.shown import show_text
 from fitune.runtime.sources import load_rows
 
@@ -69,7 +70,7 @@ def test_more_cut_rows_than_the_recipe_allows_are_a_problem_with_what_to_set(tmp
         refuse_problems(check(tmp_path, max_length=32))
     report = check(tmp_path, max_length=32, max_truncated=0.2)
     assert (report.problems, report.train.truncated) == ((), 2)
-    assert any("2 training rows (20.0%) are cut" in note for note in report.notes)
+    assert any(note == "training rows cut at data.max_length = 32 tokens: 2 (20.0%)" for note in report.notes)
     for overlong in ("split", "drop"):
         assert check(tmp_path, max_length=32, overlong=overlong).problems == ()
 
@@ -91,7 +92,10 @@ def test_a_held_out_row_that_is_trained_on_is_a_problem(tmp_path: Path) -> None:
     assert problem.startswith(
         "2 of 4 held-out rows (50.0%) are among the training rows (eval.jsonl:1 is train.jsonl:1)"
     )
-    assert any("1 held-out rows ask what a training row asks" in note for note in report.notes)
+    assert any(
+        note.startswith("held-out rows that ask what a training row asks, with another answer: 1")
+        for note in report.notes
+    )
     assert check(tmp_path, eval="eval.jsonl", max_leaked=0.5).problems == ()
 
 
@@ -107,16 +111,16 @@ def test_repeated_rows_and_columns_that_are_not_read_are_noted(tmp_path: Path) -
     report = check(tmp_path)
     assert report.train.duplicates == 1
     assert report.notes == (
-        "1 training rows (33.3%) say the same as one before (the first: train.jsonl:3 is train.jsonl:1)",
-        "train.jsonl: not read: id (1 rows)",
+        "training rows that say the same as one before: 1 (33.3%; the first: train.jsonl:3 is train.jsonl:1)",
+        "train.jsonl: columns not read, with their rows: id (1)",
     )
 
 
 def test_what_is_left_out_split_or_spelt_is_noted(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", question("Feta?"), question("x " * 80), question("What is <|im_end|>?"))
     notes = check(tmp_path, max_truncated=1.0).notes
-    assert any("1 training rows have nothing to train" in note for note in notes)
-    assert any("1 training rows spell a control token" in note for note in notes)
+    assert any(note.startswith("training rows with nothing to train within") and note.endswith(": 1") for note in notes)
+    assert any(note.endswith("control token of the model, encoded as text: 1") for note in notes)
     assert any("left out" in note for note in check(tmp_path, overlong="drop").notes)
     assert any("ChatML is used" in note for note in check(tmp_path, template=None, max_truncated=1.0).notes)
 
@@ -130,7 +134,7 @@ def test_a_conversation_that_nothing_ends_is_a_problem(tmp_path: Path) -> None:
     )
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     report = check_data("recipe.toml", table, loaded, tokenize_data(table, loaded, tokenizer, Path), seed=0)
-    assert report.problems[0].startswith("1 conversations do not end with a token that ends a turn")
+    assert report.problems[0].startswith("conversations that do not end with a token that ends a turn: 1")
 
 
 def test_samples_are_rows_with_their_trained_tokens_marked(tmp_path: Path) -> None:

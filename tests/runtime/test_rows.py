@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataSource, DataTable
 from fitune.runtime.rows import Message, Row
-from fitune.runtime.sources import load_rows, load_rows_from, normalize, split_rows
+from fitune.runtime.sources import SourceRows, load_rows, load_rows_from, normalize, split_sources
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -314,11 +314,24 @@ ROWS = st.integers(2, 60).map(lambda count: [Row(where=f"a:{number}", text=str(n
 def test_a_split_keeps_every_row_once_and_leaves_neither_part_empty(
     rows: list[Row], fraction: float, seed: int
 ) -> None:
-    rest, held_out = split_rows(rows, fraction, seed=seed)
-    assert sorted(rest + held_out, key=rows.index) == rows
-    assert rest and held_out
-    assert abs(len(held_out) - fraction * len(rows)) <= 1
-    assert (rest, held_out) == split_rows(rows, fraction, seed=seed)
+    sources = [SourceRows(name="a", rows=tuple(rows), format="text")]
+    ((rest,), (held_out,)) = split_sources(sources, fraction, seed=seed)
+    assert sorted(rest.rows + held_out.rows, key=rows.index) == rows
+    assert rest.rows and held_out.rows
+    assert abs(len(held_out.rows) - fraction * len(rows)) <= 1
+    assert ([rest], [held_out]) == split_sources(sources, fraction, seed=seed)
+
+
+def test_rows_that_two_sources_share_are_held_out_of_both(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", *[{"text": str(number)} for number in range(10)])
+    write_jsonl(tmp_path / "b.jsonl", *[{"text": str(number)} for number in range(5, 30)])
+    sources = (DataSource(path="a.jsonl"), DataSource(path="b.jsonl"))
+    for seed in range(9):
+        loaded = load_rows(DataTable(train=sources, eval=0.2), lambda path: tmp_path / path, seed=seed)
+        assert {row.text for row in loaded.train_rows}.isdisjoint(row.text for row in loaded.eval_rows)
+    with pytest.raises(DataError, match=r"^b\.jsonl: every row says what a held-out row of another source says"):
+        write_jsonl(tmp_path / "b.jsonl", *[{"text": "0"}, {"text": "1"}])
+        load_rows(DataTable(train=sources, eval=0.9), lambda path: tmp_path / path)
 
 
 def test_another_seed_holds_out_other_rows(tmp_path: Path) -> None:
