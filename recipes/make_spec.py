@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -248,15 +248,15 @@ class SpecFile:
                 [Problem(where=printable(self.path), what=f'"{written}": there is no such user')]
             ) from error
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 in hexadecimal of the spec with its defaults, as canonical JSON."""
-        return hashlib.sha256(json.dumps(self.spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
 
 def load_spec(path: Path, limits: Mapping[str, int | float | None]) -> SpecFile:
     """The spec in a TOML file, with those `limits` that are not None instead of its own; all problems at once."""
     given = parse_toml(read_text(path), path, hint="`fitune data make --example` prints a spec to start from")
+    return make_spec_file(path, given, limits)
+
+
+def make_spec_file(path: Path, given: dict[str, Any], limits: Mapping[str, int | float | None]) -> SpecFile:
+    """The spec that the tables of a file are."""
     overridden = {key: value for key, value in limits.items() if value is not None}
     table = given.setdefault("limits", {}) if overridden else None
     if isinstance(table, dict):
@@ -270,7 +270,12 @@ def load_spec(path: Path, limits: Mapping[str, int | float | None]) -> SpecFile:
     try:
         return SpecFile(path=path, spec=MakeSpec.model_validate(given))
     except ValidationError as error:
-        raise RecipeError(make_problems(error, given, locate, make_document_schema(MakeSpec))) from error
+        raise RecipeError(make_problems(error, given, locate, _make_schema())) from error
+
+
+@cache
+def _make_schema() -> dict[str, Any]:
+    return make_document_schema(MakeSpec)
 
 
 def read_example() -> str:

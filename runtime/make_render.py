@@ -91,8 +91,8 @@ def render_dry_run(dry_run: DryRun, spec: MakeSpec, console: Console) -> None:
     ]
     if dry_run.requests_needed:
         lines += [
-            f"{dry_run.requests_needed:,} requests of {spec.generation.questions_per_request} questions if no row is "
-            f"rejected, at most {dry_run.max_requests:,}",
+            f"{dry_run.requests_needed:,} requests if no row is rejected (questions in each: "
+            f"{spec.generation.questions_per_request}), at most {dry_run.max_requests:,}",
             f"one request: at most {dry_run.max_prompt_tokens:,} prompt tokens (one a byte; English takes about a "
             f"quarter) and {dry_run.max_answer_tokens:,} answer tokens",
         ]

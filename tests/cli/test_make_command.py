@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -191,6 +192,36 @@ def test_a_killed_run_goes_on_and_repeats_at_most_what_was_under_way(tmp_path: P
     assert code == -signal.SIGKILL
     assert len(set(prompts)) == 6
     assert len(prompts) <= 6 + 2, "two requests were under way"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_20_random_moments_ends_with_all_rows(tmp_path: Path) -> None:
+    rng, concurrency = random.Random(0), 3
+
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        return Reply(**{**vars(answer_well(number, body)), "delay_seconds": rng.uniform(0, 0.3)})
+
+    with run_stub(reply) as stub:
+        spec = write_spec(tmp_path, stub.url, rows=1200, limits=f"concurrency = {concurrency}\nmax_requests = 1000")
+        kills = 0
+        for _ in range(20):
+            process = start(spec)
+            before = len(stub.received)
+            wait_until(lambda seen=before, one=process: len(stub.received) > seen or one.poll() is not None)  # type: ignore
+            time.sleep(rng.uniform(0, 0.6))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            process.communicate(timeout=60)
+        last = start(spec)
+        out, err = last.communicate(timeout=120)
+    assert (kills, last.returncode) == (20, 0), err
+    assert "1,200 of 1,200 rows" in out
+    prompts = list_prompts(stub)
+    assert len(prompts) - len(set(prompts)) <= kills * concurrency
+    rows = [line for name in ("made", "made.eval") for line in (tmp_path / f"{name}.jsonl").open()]
+    assert len(set(rows)) == 1200
+    print(f"20 kills: {len(prompts)} requests for {len(set(prompts))} prompts, {len(rows)} rows")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fitune.recipes.errors import RecipeError
-from fitune.recipes.make_spec import MakeSpec, load_spec, read_example
+from fitune.recipes.load import parse_toml
+from fitune.recipes.make_spec import MakeSpec, load_spec, make_spec_file, read_example
 
 SPEC = """
 [source]
@@ -122,6 +126,44 @@ def test_a_url_is_a_host_and_a_path_and_never_holds_a_key(tmp_path: Path, url: s
     (problem,) = read_problems(tmp_path, SPEC.replace("http://localhost:8000/v1", url))
     assert problem.startswith("spec.toml: endpoint.base_url: ")
     assert "secret" not in problem
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = {name: list(field.annotation.model_fields) for name, field in MakeSpec.model_fields.items()}  # type: ignore
+
+
+@settings(max_examples=1000)
+@given(data=st.data())
+def test_any_value_for_any_key_is_taken_or_is_a_message(data: st.DataObject) -> None:
+    spec = tomli.loads(SPEC)
+    for _ in range(data.draw(st.integers(1, 3))):
+        table = data.draw(st.sampled_from([*KEYS, "other"]))
+        key = data.draw(st.sampled_from([*KEYS.get(table, []), "other"]))
+        tables = spec.setdefault(table, {})
+        if isinstance(tables, dict):
+            tables[key] = data.draw(VALUES)
+        if data.draw(st.booleans()):
+            spec[table] = data.draw(VALUES)
+    try:
+        made = make_spec_file(Path("spec.toml"), spec, {})
+    except RecipeError as error:
+        assert all(str(problem).startswith("spec.toml: ") for problem in error.problems)
+    else:
+        assert made.spec.max_requests >= 1
+
+
+@settings(max_examples=1000)
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from('[]="\n#.{},')), max_size=200))
+def test_any_text_is_a_spec_or_a_message(text: str) -> None:
+    try:
+        given_spec = parse_toml(text, Path("spec.toml"), hint="")
+        make_spec_file(Path("spec.toml"), given_spec, {"max_cost": 1.0})
+    except RecipeError as error:
+        assert str(error)
 
 
 def test_an_empty_file_says_where_to_start(tmp_path: Path) -> None:

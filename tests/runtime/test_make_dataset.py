@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stub_endpoint import Reply, answer_well, complete, fail, make_pairs, run_stub
 
 from fitune.recipes.errors import DataError
@@ -299,6 +301,35 @@ def test_a_journal_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
         journal.write_text("\n".join([lines[0], '{"kind": "other"}', *lines[1:]]) + "\n")
         with pytest.raises(DataError, match=r"out.answers.jsonl:2: is not a line of the journal"):
             make(make_spec_file(tmp_path, stub.url))
+
+
+LINES = st.sampled_from(
+    [
+        b'{"kind":"asked","asked":{}}',
+        b'{"kind":"lost","index":0,"request":"0","why":"x"}',
+        b'{"kind":"wrote","name":"out.jsonl","sha256":"0"}',
+        b'{"kind":"answer","index":9000000000000000000000,"request":"0","content":null,"finish_reason":null,'
+        b'"refusal":null,"prompt_tokens":null,"answer_tokens":null}',
+        b"{",
+        b"",
+    ]
+)
+
+
+@settings(max_examples=1000)
+@given(content=st.binary(max_size=60) | st.lists(LINES | st.binary(max_size=20), max_size=5).map(b"\n".join))
+def test_any_journal_is_read_or_is_a_message(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp() / "journals"
+    folder.mkdir(exist_ok=True)
+    journal = folder / "out.answers.jsonl"
+    journal.write_bytes(content)
+    try:
+        dry_run = make_dry_run(make_spec_file(folder, "http://localhost/v1"))
+    except DataError as error:
+        assert str(journal) in str(error)
+    else:
+        assert dry_run.rows == 0
+    journal.unlink(missing_ok=True)
 
 
 def test_two_starts_at_once_are_refused(tmp_path: Path) -> None:
