@@ -89,6 +89,7 @@ class Sender:
         self._retries: list[Attempt] = []
         self._under_way = 0
         self._pause_until = 0.0
+        self._failures = 0
         self._inbox = SimpleQueue[Arrival]()
         self._ending: Ending | None = None
 
@@ -120,7 +121,7 @@ class Sender:
             attempt = self._choose(now)
             if attempt is None:
                 return None
-            if self._under_way >= self._concurrency:
+            if self._under_way >= (1 if self._failures else self._concurrency):
                 return POLL_SECONDS
             limit = self._ledger.find_limit(attempt.request)
             if limit is not None:
@@ -164,6 +165,7 @@ class Sender:
         self._under_way -= 1
         self._ledger.end(request)
         if isinstance(outcome, Answered):
+            self._failures = 0
             if outcome.prompt_tokens is not None and outcome.answer_tokens is not None:
                 arrival.sent.tokens = outcome.prompt_tokens + outcome.answer_tokens
             useless = self._work.keep(request, outcome)
@@ -179,19 +181,25 @@ class Sender:
             raise outcome
 
     def _try_again(self, attempt: Attempt, failed: Failed) -> None:
-        failures, after = attempt.failures + 1, failed.after_seconds
+        """Later, and nothing else before; then one request at a time until an answer comes.
+
+        What one request met, the others would meet too: those that fail while all wait already are not a further
+        failure of the endpoint.
+        """
+        now, failures, after = time.monotonic(), attempt.failures + 1, failed.after_seconds
+        is_new = now >= self._pause_until
+        self._failures += is_new
         if after is not None and after > LONGEST_WAIT_SECONDS:
             self._end("failed", f"{failed.why} (the endpoint asks to wait {after:,.0f} s: start again then)")
-        elif failures >= MAX_ATTEMPTS:
-            self._end("failed", f"{failures} attempts failed, the last one: {failed.why}")
+        elif max(failures, self._failures) >= MAX_ATTEMPTS:
+            self._end("failed", f"{MAX_ATTEMPTS} attempts failed, the last one: {failed.why}")
         elif self._ending is None:
-            wait = choose_wait(failures, after)
-            # What one request met, the others would meet too.
-            not_before = time.monotonic() + wait
-            self._pause_until = max(self._pause_until, not_before)
-            again = Attempt(not_before=not_before, index=attempt.index, request=attempt.request, failures=failures)
+            wait = choose_wait(max(failures, self._failures), after)
+            self._pause_until = max(self._pause_until, now + wait)
+            again = Attempt(not_before=now + wait, index=attempt.index, request=attempt.request, failures=failures)
             heapq.heappush(self._retries, again)
-            self._work.note(f"{failed.why}: trying again in {wait:.1f} s")
+            if is_new:
+                self._work.note(f"{failed.why}: trying again in {wait:.1f} s")
 
     def _end(self, status: Status, why: str) -> None:
         """Send nothing more; what is under way is waited for, as it will be charged for."""
