@@ -6,6 +6,9 @@ from .checkpoint_content import History
 from .loop import Progress
 from .report import Loss, Sample, Speed
 from .rows import Row
+from .samples import MonitorSummary
+
+STEP_PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 def make_loss(progress: Progress, history: History, after: float | None) -> Loss:
@@ -13,15 +16,25 @@ def make_loss(progress: Progress, history: History, after: float | None) -> Loss
     return Loss(before=history.before, after=after, first=progress.first_loss, last=progress.last_loss)
 
 
-def make_speed(progress: Progress, total_seconds: float, energy_joules: float | None) -> Speed:
-    """Speed over all sessions; energy of the last one."""
+def make_speed(progress: Progress, total_seconds: float, summary: MonitorSummary) -> Speed:
+    """Speed over all sessions; energy of the last one.
+
+    Energy a token is the mean power of the last session's steps times the time of a token in all of them.
+    """
+    tokens, seconds = progress.tokens, progress.train_seconds
+    steps = [phase for phase in summary.phases if phase.name in STEP_PHASES]
+    joules = sum(phase.energy_joules or 0.0 for phase in steps)
+    measured_seconds = sum(phase.seconds for phase in steps)
+    has_energy = bool(joules and tokens and measured_seconds)
     return Speed(
         steps=progress.step,
-        tokens=progress.tokens,
-        train_seconds=progress.train_seconds,
+        tokens=tokens,
+        train_seconds=seconds,
         total_seconds=total_seconds,
-        tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else None,
-        energy_joules=energy_joules,
+        tokens_per_second=tokens / seconds if seconds else None,
+        step_seconds=seconds / progress.step if progress.step else None,
+        energy_joules=summary.energy_joules,
+        joules_per_1000_tokens=1000 * joules / measured_seconds * seconds / tokens if has_energy else None,
     )
 
 

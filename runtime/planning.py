@@ -20,6 +20,7 @@ from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
+from .cpu_rates import find_cpu_rates
 from .data import TokenizedData, tokenize_data
 from .data_report import DataReport
 from .devices import probe_device
@@ -137,13 +138,20 @@ class Job:
             overrides=self.overrides,
             shape=self.shape,
             config_sha256=self.source.config_sha256,
-            device=device or self.probe_device(),
+            device=self._add_rates(device or self.probe_device(), quick=quick),
             data=self.find_data_facts(quick=quick),
             versions=find_versions(),
             files_of=None if quick else self.files_of,
             stored_bytes=measure_stored_bytes(self.source.folder),
             tokenizer_bytes=measure_tokenizer_bytes(self.source.folder),
         )
+
+    @staticmethod
+    def _add_rates(device: Device, *, quick: bool) -> Device:
+        """A CPU's rates: probed once and kept, which takes a second; quick: only if they were probed before."""
+        if device.kind == "cuda" or device.rates is not None:
+            return device
+        return device.model_copy(update={"rates": find_cpu_rates(may_probe=not quick)})
 
     @cached_property
     def files_of(self) -> FilesOf | None:

@@ -63,12 +63,14 @@ class PhasePeak:
     seconds:           time spent in it
     peak_rss_bytes:    highest resident memory of this process
     peak_device_bytes: highest sampled share of the GPU's memory, None where no sample fell into it
+    energy_joules:     of the GPU, None without one
     """
 
     name: str
     seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int | None
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,7 @@ class _Phase:
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     peak_device_bytes: int | None = None
+    energy_joules: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -181,7 +184,7 @@ class Tally:
             self._cpu_percent.add(sample.cpu_percent)
         self._least_ram_available_bytes = _least(self._least_ram_available_bytes, sample.ram_available_bytes)
         if sample.gpu is not None:
-            self._add_gpu(sample.seconds, sample.gpu)
+            self._add_gpu(sample.seconds, sample.phase, sample.gpu)
         if sample.device_bytes is not None:
             self.peak_device_bytes = _most(self.peak_device_bytes, sample.device_bytes)
             if phase_is_sure:
@@ -217,7 +220,7 @@ class Tally:
             events=events,
         )
 
-    def _add_gpu(self, seconds: float, gpu: GpuSample) -> None:
+    def _add_gpu(self, seconds: float, phase: str, gpu: GpuSample) -> None:
         if gpu.memory_used_bytes is not None:
             self._peak_memory_used_bytes = _most(self._peak_memory_used_bytes, gpu.memory_used_bytes)
         if gpu.utilization_percent is not None:
@@ -230,10 +233,20 @@ class Tally:
             elapsed, before = seconds - self._before[0], self._before[1]
             for reason in gpu.throttle_reasons or ():
                 self._throttled_seconds[reason] = self._throttled_seconds.get(reason, 0.0) + elapsed
-            if gpu.power_watts is not None and before.power_watts is not None:
-                joules = (before.power_watts + gpu.power_watts) / 2 * elapsed
-                self._integrated_joules = (self._integrated_joules or 0.0) + joules
+            self._add_energy(phase, before, gpu, elapsed)
         self._before = (seconds, gpu)
+
+    def _add_energy(self, phase: str, before: GpuSample, gpu: GpuSample, elapsed: float) -> None:
+        """What the board took since the last sample, counted to the phase that it was in at this one."""
+        joules = None
+        if gpu.power_watts is not None and before.power_watts is not None:
+            joules = (before.power_watts + gpu.power_watts) / 2 * elapsed
+            self._integrated_joules = (self._integrated_joules or 0.0) + joules
+        if gpu.energy_joules is not None and before.energy_joules is not None:
+            joules = gpu.energy_joules - before.energy_joules
+        if joules is not None:
+            entry = self._phases.setdefault(phase, _Phase())
+            entry.energy_joules = (entry.energy_joules or 0.0) + joules
 
     def _make_energy_joules(self) -> float | None:
         """The counter's difference where the board has one, else the integral of power over time (trapezoids)."""

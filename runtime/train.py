@@ -184,7 +184,11 @@ class Run:
         """The training loop; Ctrl-C and SIGTERM end it with what was trained so far."""
         memory = self.plan.memory
         line = LiveLine(
-            self.console, steps=loop.steps, predicted_bytes=memory.peak_device_bytes, budget_bytes=memory.budget_bytes
+            self.console,
+            steps=loop.steps,
+            predicted_bytes=memory.peak_device_bytes,
+            budget_bytes=memory.budget_bytes,
+            predicted=self.plan.speed,
         )
         try:
             with line:
@@ -277,7 +281,7 @@ class Run:
             loss=make_loss(self.progress, self.history, after),
             sample=sample,
             measured=meter.measure(disk_bytes=count_file_bytes(self.directory.path)),
-            speed=make_speed(self.progress, self.total_seconds, summary.energy_joules),
+            speed=make_speed(self.progress, self.total_seconds, summary),
             events=tuple(asdict(event) for event in summary.events),
             output=output,
             versions=find_versions(),

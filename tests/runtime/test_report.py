@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from small_runs import run_recipe_file, write_recipe
 from fitune.planner.plan import Plan
 from fitune.recipes.errors import RunError
 from fitune.recipes.units import format_bytes
+from fitune.runtime.loop import Progress
+from fitune.runtime.outcome import make_speed
 from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
+from fitune.runtime.samples import PhasePeak, Tally
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,34 @@ def test_a_report_as_json_has_the_predicted_memory_beside_the_measured(finished:
     assert document["predicted"] == plan.memory.model_dump(mode="json")
     assert document["measured"]["peak_device_bytes"] == report.measured.peak_device_bytes
     assert document["status"] == "finished" and document["format_version"] == 1
+
+
+def test_a_report_sets_the_measured_speed_beside_the_planned_one(finished: Path) -> None:
+    plan, report = load_report(finished)
+    planned, measured = plan.speed, report.speed
+    assert planned is not None and measured.tokens_per_second is not None and measured.step_seconds is not None
+    assert measured.step_seconds == pytest.approx(measured.train_seconds / measured.steps)
+    assert json.loads(make_report_json(plan, report))["predicted_speed"] == planned.model_dump(mode="json")
+    lines = {line.split("  ")[1]: line for line in render(plan, report).splitlines() if line.startswith("  ")}
+    tokens, utilization = lines["tokens a second"], lines["model FLOPs utilization"]
+    assert f"{planned.tokens_per_second:,.0f}" in tokens and f"{measured.tokens_per_second:,.0f}" in tokens
+    reached = planned.model_flops_utilization * measured.tokens_per_second / planned.tokens_per_second
+    assert f"{reached:.1%}" in utilization
+    assert "J for 1,000 tokens" not in lines, "a CPU has no counter"
+
+
+def test_energy_a_token_is_that_of_the_training_steps() -> None:
+    phases = (
+        PhasePeak(name="load", seconds=5, peak_rss_bytes=0, peak_device_bytes=0, energy_joules=999.0),
+        PhasePeak(name="forward", seconds=1, peak_rss_bytes=0, peak_device_bytes=0, energy_joules=300.0),
+        PhasePeak(name="backward", seconds=3, peak_rss_bytes=0, peak_device_bytes=0, energy_joules=900.0),
+    )
+    summary = Tally().make_summary(seconds=9, rss_peak_is_exact=True, events=())
+    speed = make_speed(
+        Progress(step=4, tokens=20_000, train_seconds=8.0), total_seconds=20.0, summary=replace(summary, phases=phases)
+    )
+    assert speed.joules_per_1000_tokens == pytest.approx(1000 * 300 * 8 / 20_000), "300 W, 8 s in all sessions"
+    assert (speed.step_seconds, speed.tokens_per_second) == (2.0, 2500.0)
 
 
 def test_text_in_brackets_is_shown_as_it_is(finished: Path) -> None:

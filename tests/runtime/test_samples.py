@@ -64,6 +64,18 @@ def test_the_boards_counter_is_preferred_to_its_power() -> None:
     assert summary.energy_joules == 10.0
 
 
+def test_energy_is_counted_to_the_phase_in_which_it_was_taken() -> None:
+    counters = {"load": [1000.0], "forward": [1004.0, 1010.0], "backward": [1025.0]}
+    moments = [(phase, joules) for phase, values in counters.items() for joules in values]
+    samples = [
+        replace(make_sample(n, replace(NOTHING, energy_joules=joules)), phase=phase)
+        for n, (phase, joules) in enumerate(moments)
+    ]
+    summary = summarise(samples).make_summary(seconds=3, rss_peak_is_exact=True, events=())
+    energies = {phase.name: phase.energy_joules for phase in summary.phases}
+    assert energies == {"load": None, "forward": 10.0, "backward": 15.0}
+
+
 def test_without_power_and_counter_there_is_no_energy() -> None:
     summary = summarise([make_sample(0, NOTHING), make_sample(1, NOTHING)]).make_summary(
         seconds=1, rss_peak_is_exact=True, events=()

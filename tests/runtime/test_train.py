@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_models import save_small_model
 from small_runs import plan_recipe, read_lines, read_losses, run_recipe_file, write_recipe
 
+from fitune.planner.speed import Speed
 from fitune.recipes.errors import DataError, ModelError, RunError
 from fitune.runtime.live import LiveLine
 from fitune.runtime.planning import Job
@@ -350,3 +351,19 @@ def test_the_live_line_shows_every_step_on_a_terminal_and_ten_elsewhere() -> Non
         "step   1/100  loss  1.500  1,234 tokens/s  memory 0.5 now, 1.0 predicted"
     )
     assert all(f"step {step:>3}/100" in show(terminal=True) for step in (1, 37, 100))
+
+
+def test_the_live_line_sets_the_speed_beside_the_plans() -> None:
+    planned = Speed(
+        tokens_per_second=2000.0,
+        step_seconds=1.0,
+        startup_seconds=0.0,
+        model_flops_utilization=0.4,
+        limit="device",
+        phases=(),
+    )
+    file = io.StringIO()
+    console = Console(file=file, width=200)
+    with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=planned) as line:
+        line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=2**29, seconds_left=0)
+    assert "1,500 tokens/s of 2,000 planned, MFU 30%" in file.getvalue()
