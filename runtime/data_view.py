@@ -50,6 +50,9 @@ def describe_data(report: DataReport) -> str:
         f"{train.truncated:,} cut" if train.truncated else "none cut",
     ]
     parts += [f"{count:,} {what}" for count, what in _list_left_out(train)]
+    if len(report.sources) > 1:
+        drawn = sum(source.epoch_rows for source in report.sources)
+        parts.append(" + ".join(f"{show_text(one.name)} {one.epoch_rows / drawn:.0%}" for one in report.sources))
     if report.leak is not None:
         parts.append(f"{report.leak.normalized:,} leaked" if report.leak.normalized else "none leaked")
     return ", ".join(parts)

@@ -139,7 +139,7 @@ ROWS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "rows.jsonl"),
     "not JSON": (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "rows.jsonl:2"),
     "a list": (b"[1, 2]\n", "rows.jsonl:1"),
-    "other columns": (b'{"question": "a", "answer": "b"}\n', "rows.jsonl:1"),
+    "other columns": (b'{"title": "a", "body": "b"}\n', "rows.jsonl:1"),
     "a missing column": (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "rows.jsonl:2"),
     "a number for text": (b'{"prompt": 1, "completion": "b"}\n', "rows.jsonl:1"),
     "not UTF-8": (b'{"prompt": "\xff", "completion": "b"}\n', "rows.jsonl"),
@@ -298,6 +298,6 @@ def test_one_wrong_recipe_leaves_the_others_their_validation(fitune: Commands, w
     result = fitune("validate", "recipe.toml", "lost.toml", "second.toml")
     assert result.code == 1
     assert result.out.splitlines() == [
-        f"ok {name}: smollm2-135m-instruct (embedded), 8 rows to train on, 0 held out"
+        f"ok {name}: smollm2-135m-instruct (embedded), 8 rows to train on (completion), 0 held out"
         for name in ("recipe.toml", "second.toml")
     ]

@@ -177,3 +177,4 @@ def test_a_mixture_is_shown_source_by_source(tmp_path: Path) -> None:
         ("other.jsonl", "text", 50, 1),
     ]
     assert "9 (90%)" in show(report)
+    assert "train.jsonl 90% + other.jsonl 10%" in describe_data(report)
