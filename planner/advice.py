@@ -56,7 +56,7 @@ def list_warnings(
         texts.append(f"train.optimizer = {strategy.optimizer!r}: paged optimizers run unpaged on a CPU")
     if device.kind == "cpu":
         texts += [f"train.{key} = true: it has no effect on a CPU" for key in GPU_KEYS if getattr(strategy, key)]
-    if strategy.attention != recipe.model.attention:
+    if strategy.attention == "eager" != recipe.model.attention:
         texts.append(f'model.attention = "{recipe.model.attention}": {shape.model_type} runs with eager attention only')
     if recipe.budget.gpus > 1:
         texts.append(f"budget.gpus = {recipe.budget.gpus}: this version trains on one card; the plan is for one")

@@ -9,7 +9,7 @@ from itertools import product
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
 from .shape import ModelShape
-from .strategy import Device, Dtype, LossHead, Method, Optimizer, Strategy
+from .strategy import Attention, Device, Dtype, LossHead, Method, Optimizer, Strategy
 
 LEARNING_RATE: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """Used where the recipe says auto."""
@@ -118,7 +118,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             adapter_targets=adapters.targets if has_adapter else None,
             adapter_dropout=adapters.dropout if has_adapter else 0.0,
             double_quantization=adapters.double_quantization,
-            attention=recipe.model.attention if shape.has_sdpa or recipe.model.attention != "sdpa" else "eager",
+            attention=choose_attention(recipe, device, shape, setting.compute),
             micro_batch_size=micro,
             gradient_accumulation_steps=train.global_batch_size // micro,
             checkpointed_layers=checkpointed,
@@ -145,6 +145,19 @@ def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, .
             f"use a number up to {shape.layers}, or true for all"
         )
     return (asked,)
+
+
+def choose_attention(recipe: Recipe, device: Device, shape: ModelShape, compute: Dtype) -> Attention:
+    """The recipe's; eager where transformers does not run an architecture with SDPA. Packed rows are attended document
+    by document, which FlashAttention's kernels do from compute capability 8.0 on, in 16 bits and heads of up to 256."""
+    asked = recipe.model.attention
+    if asked != "sdpa":
+        return asked
+    if not shape.has_sdpa:
+        return "eager"
+    has_kernel = device.bf16 and compute != "fp32" and shape.head_dim <= 256 and shape.head_dim % 8 == 0
+    has_function = not shape.is_guess and not shape.attention_dropout
+    return "varlen" if recipe.data.packing and has_function and (device.kind == "cpu" or has_kernel) else asked
 
 
 def _list_compile(recipe: Recipe, device: Device, shape: ModelShape) -> tuple[bool, ...]:

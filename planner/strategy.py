@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "varlen"]
 LossHead = Literal["full", "chunked", "fused"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
 
@@ -118,7 +119,7 @@ class Strategy(Value):
     adapter_targets:  `all-linear` or module names, None for full
     adapter_dropout:  LoRA dropout, 0 to 1
     double_quantization: NF4 constants quantised again (qlora only)
-    attention:        sdpa, eager or flash_attention_2
+    attention:        sdpa, eager or flash_attention_2; varlen: packed rows without a mask, document by document
     micro_batch_size: rows in one forward, 1 or more
     gradient_accumulation_steps: forwards in one optimizer step; times micro_batch_size the global batch
     checkpointed_layers: the first so many decoder layers keep only their input and are computed again in backward;
@@ -129,7 +130,7 @@ class Strategy(Value):
                       them again in backward; `fused` computes their gradient chunk by chunk in the forward
     optimizer:        one of the recipe's names
     compile:          layers compiled, and with them the fused loss head
-    packing:          short rows put together, which gives attention an explicit mask
+    packing:          short rows put together, which gives every attention but varlen an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
     expandable_segments: segments of CUDA's caching allocator grow
     learning_rate:    peak of the schedule
@@ -144,7 +145,7 @@ class Strategy(Value):
     adapter_targets: str | tuple[str, ...] | None = None
     adapter_dropout: float = 0.0
     double_quantization: bool = True
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
     checkpointed_layers: int = Field(ge=0)

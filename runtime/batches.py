@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count, islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, count, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .step import MicroBatch
     from .streaming import StreamedRows
     from .tokens import TokenizedRow, TokenizedRows
 
+STARTS_MULTIPLE = 64
+"""The documents of a micro-batch are counted up to a multiple of this; those beyond them are empty."""
 UNTRAINED = -100
 """The label of a token that is not trained."""
 WIDTH_MULTIPLE = 8
@@ -114,6 +117,40 @@ def _stream_rows(
         yield chosen[0][0], [row for _, row in chosen]
 
 
+class BatchesAhead:
+    """Global batches on a device, of which the next one can be made while a step runs.
+
+    What goes wrong with a batch that is made early is raised when it is asked for.
+    """
+
+    def __init__(self, batches: Iterator[GlobalBatch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._next: GlobalBatch | None = None
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        return self
+
+    def __next__(self) -> GlobalBatch:
+        self.prepare()
+        if self._error is not None:
+            raise self._error
+        assert self._next is not None, "prepare() makes a batch or an error"
+        batch, self._next = self._next, None
+        return batch
+
+    def prepare(self) -> None:
+        """Make the next batch and begin to copy it to the device; nothing where that is done."""
+        if self._next is not None or self._error is not None:
+            return
+        try:
+            batch = next(self._batches)
+            moved = tuple(one.to(self._device) for one in batch.micro_batches)
+            self._next = replace(batch, micro_batches=moved)
+        except Exception as error:  # StopIteration among them
+            self._error = error
+
+
 def iterate_eval_batches(tokenized: TokenizedRows, *, micro_batch_size: int) -> Iterator[MicroBatch]:
     """Micro-batches of all rows, longest first; their losses are normalised by `tokenized.trained_tokens`."""
     for rows in _split_by_length(tokenized.rows, micro_batch_size):
@@ -136,17 +173,25 @@ def make_micro_batch(rows: Sequence[TokenizedRow], *, pad_token_id: int, max_len
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = torch.tensor(row.input_ids, dtype=torch.int64)
         labels[index, : len(row)] = torch.tensor(row.labels, dtype=torch.int64)
-    return MicroBatch(input_ids=input_ids, labels=labels, position_ids=_make_position_ids(rows, width))
+    if not any(row.documents for row in rows):
+        return MicroBatch(input_ids=input_ids, labels=labels)
+    lengths = [[*(row.documents or (len(row),)), width - len(row)] for row in rows]
+    return MicroBatch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths]),
+        document_starts=_list_starts([length for row in lengths for length in row]),
+    )
 
 
-def _make_position_ids(rows: Sequence[TokenizedRow], width: int) -> Tensor | None:
-    """[micro_batch, width], from 0 in each document and again in the padding; None where nothing is packed."""
+def _list_starts(lengths: Sequence[int]) -> Tensor:
+    """Where documents of these lengths begin one after the other, int32, with the end repeated to a multiple of
+    STARTS_MULTIPLE, so that few sizes occur: compiled layers are made anew for each."""
     import torch
 
-    if not any(row.documents for row in rows):
-        return None
-    lengths = [[*(row.documents or (len(row),)), width - len(row)] for row in rows]
-    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    starts = [0, *accumulate(length for length in lengths if length)]
+    spare = -len(starts) % STARTS_MULTIPLE
+    return torch.tensor(starts + [starts[-1]] * spare, dtype=torch.int32)
 
 
 def padded_width(longest_row_tokens: int, *, max_length: int) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from ..planner.shape import make_shape
 from ..planner.strategy import Strategy
 from ..recipes.errors import ModelError
+from .attention import attend_documents
 from .linear_4bit import make_compilable
 from .quiet import quiet_libraries
 from .step import TORCH_DTYPES
@@ -72,7 +73,7 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
             found: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=TORCH_DTYPES[strategy.weights_dtype],
-                attn_implementation=strategy.attention,
+                attn_implementation=name_attention(strategy),
                 trust_remote_code=trust_remote_code,
                 device_map={"": device},
                 local_files_only=True,
@@ -93,6 +94,15 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
         keep_cpu_weights_trainable(base)
         release_file(base)
     return base
+
+
+def name_attention(strategy: Strategy) -> str:
+    """What transformers calls the strategy's attention; ours is made known to it."""
+    if strategy.attention == "varlen":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("varlen", attend_documents)
+    return strategy.attention
 
 
 def check_loaded(folder: Path, base: nn.Module, loaded: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from ..planner.plan import Plan
 from ..recipes.errors import RunError
-from .batches import GlobalBatch, count_steps, iterate_batches
+from .batches import BatchesAhead, GlobalBatch, count_steps, iterate_batches
 from .build import BuiltModel
 from .live import LiveLine
 from .meter import Meter
@@ -70,7 +70,7 @@ class TrainingLoop:
         self.skips_nonfinite = train.on_nonfinite == "skip"
         size, epochs, max_steps = train.global_batch_size, train.epochs, train.max_steps
         self.steps = count_steps(rows.epoch_rows, global_batch_size=size, epochs=epochs, max_steps=max_steps)
-        self.batches = iterate_batches(
+        made = iterate_batches(
             job.data.stream or rows,
             global_batch_size=size,
             micro_batch_size=strategy.micro_batch_size,
@@ -79,6 +79,7 @@ class TrainingLoop:
             max_steps=max_steps,
             done_steps=progress.step,
         )
+        self.batches = BatchesAhead(made, accelerator.device)
         self.optimizer = make_optimizer(
             strategy.optimizer,
             built.model,
@@ -102,13 +103,14 @@ class TrainingLoop:
         result = training_step(
             self.built.model,
             self.built.base,
-            [one.to(self.accelerator.device) for one in batch.micro_batches],
+            batch.micro_batches,
             tokens=batch.trained_tokens,
             strategy=self.strategy,
             optimizer=self.optimizer,
             scaler=self.scaler,
             clip=self._clip,
             enter_phase=self.meter.enter,
+            meanwhile=self.batches.prepare,
         )
         if result.applied:
             self.scheduler.step()

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..recipes.errors import RunError
+from .attention import known_packing, list_document_inputs
 
 CHUNK_ROWS = 1024
 """Tokens whose logits exist at one time under the chunked and the fused head."""
@@ -30,6 +31,7 @@ def compute_loss(
     loss_head: str,
     tokens: int,
     position_ids: Tensor | None = None,
+    document_starts: Tensor | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens divided by `tokens`, a scalar.
@@ -40,14 +42,15 @@ def compute_loss(
     labels:    [micro_batch, sequence], IGNORED where a token is not trained; shifted here
     tokens:    trained tokens of the whole optimizer step, so that losses of micro-batches add up to its mean
     position_ids: [micro_batch, sequence] of packed rows; None otherwise
+    document_starts: [documents + 1], int32: where each begins in the rows laid end to end, and their end; or None
     compiled:  whether the fused head's work on logits is compiled
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids
-    if loss_head == "full":
-        return model(**inputs, labels=labels, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
-    hidden = base.base_model(**inputs).last_hidden_state
+    inputs |= list_document_inputs(position_ids, document_starts)
+    with known_packing(position_ids is not None):
+        if loss_head == "full":
+            return model(**inputs, labels=labels, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
+        hidden = base.base_model(**inputs).last_hidden_state
     head, transform = base.get_output_embeddings(), make_logit_transform(base.config.get_text_config())
     if loss_head == "fused" and torch.is_grad_enabled():
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

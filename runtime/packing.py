@@ -1,7 +1,8 @@
 """Puts short rows together into rows of `data.max_length` tokens, without attention from one into another.
 
-Positions start again at 0 with each document; transformers builds a block-diagonal causal mask from that where no
-attention mask is given (masking_utils.find_packed_sequence_indices), and a document's first token has no label.
+Positions start again at 0 with each document, and a document's first token has no label. Attention goes document by
+document (runtime/attention.py); where an architecture has no function for that, transformers builds a block-diagonal
+causal mask from the positions (masking_utils.find_packed_sequence_indices).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from ..recipes.errors import RunError
+from .attention import list_document_inputs
 from .batches import UNTRAINED, make_micro_batch
 from .tokens import TokenizedRow, TokenizedRows
 
@@ -75,7 +77,8 @@ def check_packing(model: nn.Module, base: Any, *, device: torch.device) -> None:
         logits = []
         for rows in (apart, [_join(apart)]):
             batch = make_micro_batch(rows, pad_token_id=0, max_length=2 * CHECKED_TOKENS).to(device)
-            inputs = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+            starts = batch.document_starts if base.config._attn_implementation == "varlen" else None
+            inputs = list_document_inputs(batch.position_ids, starts)
             logits.append(model(input_ids=batch.input_ids, use_cache=False, **inputs).logits.float())
     model.train(training)
     second, packed = logits[0][1], logits[1][0, CHECKED_TOKENS:]

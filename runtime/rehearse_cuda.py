@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import attention
 from .rehearse_attention import attend, flash_backward_temporaries
 from .rehearse_watch import FUSED_4BIT
 
@@ -129,28 +130,26 @@ def _multiply_grouped(input: Tensor, weight: Tensor, offs: Tensor, *_: Any, **__
 
 
 @contextlib.contextmanager
-def cuda_semantics(*, packed: bool) -> Iterator[None]:
-    """Inside, torch functions allocate as on CUDA, and code that asks for CUDA's autocast sees the CPU's.
-
-    packed: whether rows hold several documents; transformers reads that from position ids, which fakes do not have
-    """
-    from transformers import masking_utils
-
-    asked, find = torch.is_autocast_enabled, masking_utils.find_packed_sequence_indices
+def cuda_semantics() -> Iterator[None]:
+    """Inside, torch functions allocate as on CUDA, and code that asks for CUDA's autocast sees the CPU's."""
+    asked = torch.is_autocast_enabled
 
     def is_autocast_enabled(device_type: str = "cpu") -> bool:
         return asked(device_type)
 
-    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-        indices: Tensor | None = find(position_ids)
-        return indices if packed else None
-
     with (
         _replaced(torch, "is_autocast_enabled", is_autocast_enabled),
-        _replaced(masking_utils, "find_packed_sequence_indices", find_packed_sequence_indices),
+        _replaced(attention, "_attend_one_by_one", _attend_at_once),
         CudaFunctions(),
     ):
         yield
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float | None, __: Any) -> Tensor:
+    """FlashAttention's kernel for many lengths allocates what the one for rows does, as long as documents are not
+    shorter than 128 tokens: each then adds up to 127 rows to backward's sums in fp32."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..planner.strategy import Strategy
 from ..recipes.errors import ModelError
-from .build import add_adapters, find_layers, make_quantization, prepare_training
+from .build import add_adapters, find_layers, make_quantization, name_attention, prepare_training
 from .linear_4bit import make_compilable
 from .quiet import quiet_libraries
 from .step import TORCH_DTYPES
@@ -121,7 +121,7 @@ def _build_base(config: dict[str, Any], strategy: Strategy) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
-    attention = "sdpa" if strategy.attention == "flash_attention_2" else strategy.attention
+    attention = "sdpa" if strategy.attention == "flash_attention_2" else name_attention(strategy)
     try:
         with quiet_libraries():
             settings = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..planner.strategy import Strategy
 from ..recipes.errors import TraceError
+from .batches import STARTS_MULTIPLE
 from .losses import compute_loss
 from .offload import OffloadHooks, offload_decoder
 from .rehearse_compile import compiled_layers
@@ -89,7 +90,7 @@ def _record(
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         watch,
-        cuda_semantics(packed=strategy.packing),
+        cuda_semantics(),
         kept_ledger(watch.ledger),
         _marks(model, watch),
     ):
@@ -111,6 +112,7 @@ def _record(
 def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWatch, ids: Tensor) -> None:
     """runtime.step.training_step's part for one micro-batch."""
     positions = torch.empty_like(ids) if strategy.packing else None
+    starts = torch.empty(STARTS_MULTIPLE, dtype=torch.int32) if strategy.attention == "varlen" else None
     watch.enter("forward", "activations")
     with autocast(strategy, ids.device), uncast_adapter_inputs(model.model), _offload(model, strategy):
         loss = compute_loss(
@@ -121,6 +123,7 @@ def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWa
             loss_head=strategy.loss_head,
             tokens=ids.numel(),
             position_ids=positions,
+            document_starts=starts,
             compiled=strategy.compile,
         )
     watch.enter("backward", "loss_head")

@@ -28,16 +28,28 @@ class MicroBatch:
     input_ids:    [micro_batch, sequence], int64, right-padded
     labels:       [micro_batch, sequence], int64, -100 where a token is not trained
     position_ids: [micro_batch, sequence], int64, from 0 in each packed document; None where nothing is packed
+    document_starts: [documents + 1], int32, of the rows laid end to end, the end repeated; None where nothing is packed
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+    document_starts: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same rows on `device`."""
-        position_ids = None if self.position_ids is None else self.position_ids.to(device)
-        return MicroBatch(input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=position_ids)
+        """The same rows on `device`; beside a GPU by way of pinned memory, without waiting for the copy."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type != "cuda":
+                return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return MicroBatch(
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            position_ids=None if self.position_ids is None else move(self.position_ids),
+            document_starts=None if self.document_starts is None else move(self.document_starts),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +111,13 @@ def training_step(
     scaler: Any,
     clip: Callable[[], Tensor | float],
     enter_phase: Callable[[str], None] = lambda _: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One optimizer step over all its micro-batches.
+    """One optimizer step over all its micro-batches. The host waits for the device once, at the end.
 
     tokens: trained tokens of all micro-batches together
     clip:   scales the gradients to the recipe's norm and returns the norm before
+    meanwhile: host work to do while the device computes
     """
     device = micro_batches[0].input_ids.device
     loss_sum: Tensor | None = None
@@ -118,6 +132,7 @@ def training_step(
                 loss_head=strategy.loss_head,
                 tokens=tokens,
                 position_ids=batch.position_ids,
+                document_starts=batch.document_starts if strategy.attention == "varlen" else None,
                 compiled=strategy.compile,
             )
         enter_phase("backward")
@@ -127,10 +142,25 @@ def training_step(
     assert loss_sum is not None, "a step has at least one micro-batch"
     enter_phase("clip")
     scaler.unscale_(optimizer)
-    norm = float(clip())
+    figures = torch.stack([loss_sum.float(), torch.as_tensor(clip(), dtype=torch.float32, device=device)])
     enter_phase("optimizer")
-    if strategy.compute_dtype == "fp16" or math.isfinite(norm):
+    if strategy.compute_dtype == "fp16":
         scaler.step(optimizer)
-    scaler.update()
+        scaler.update()
+    else:
+        step_if_finite(optimizer, figures[1])
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=float(loss_sum), gradient_norm=norm, applied=math.isfinite(norm))
+    meanwhile()
+    loss_value, norm = figures.tolist()
+    return StepResult(loss=loss_value, gradient_norm=norm, applied=math.isfinite(norm))
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Update, unless the gradients' norm is not finite. torch's fused kernels decide that on the device, as gradient
+    scaling has them do; before the others the host waits for the norm."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        vars(optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del vars(optimizer)["found_inf"]
+    elif math.isfinite(float(norm)):
+        optimizer.step()

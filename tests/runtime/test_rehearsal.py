@@ -204,9 +204,13 @@ def test_offloaded_activations_leave_the_device() -> None:
     assert offloaded.components.activations < kept.components.activations / 3
 
 
-def test_packed_rows_pay_for_an_explicit_mask() -> None:
-    whole, packed = (predict(LLAMA, make_strategy(packing=asked)) for asked in (False, True))
+def test_packed_rows_pay_for_an_explicit_mask_and_not_for_attention_document_by_document() -> None:
+    whole, packed, varlen = (
+        predict(LLAMA, make_strategy(packing=asked, attention=attention))
+        for asked, attention in ((False, "sdpa"), (True, "sdpa"), (True, "varlen"))
+    )
     assert packed.peak_allocated_bytes > whole.peak_allocated_bytes
+    assert abs(varlen.peak_allocated_bytes - whole.peak_allocated_bytes) < 2**16
 
 
 def test_a_calibrated_device_brings_its_own_constant() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import build_small_model, make_strategy, make_tokens, save_small_model
 from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.planner.strategy import Strategy
 from fitune.runtime.build import build_model
@@ -123,6 +124,52 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert not result.applied
     for one, was in zip(trained.model.parameters(), before, strict=True):
         torch.testing.assert_close(one.detach(), was, rtol=0, atol=0, equal_nan=True)
+
+
+class ReadsOfValues(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: values that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", ["full", "chunked", "fused"])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_host_reads_loss_and_norm_of_a_step_and_nothing_before(head: str, micro_batches: int) -> None:
+    trained, batch, reads = Trained(loss_head=head), make_batch(), ReadsOfValues()
+    meanwhile: list[int] = []
+    with reads:
+        training_step(
+            trained.model,
+            trained.model,
+            [batch] * micro_batches,
+            tokens=65 * micro_batches,
+            strategy=trained.strategy,
+            optimizer=trained.optimizer,
+            scaler=trained.scaler,
+            clip=lambda: nn.utils.clip_grad_norm_(trained.model.parameters(), 1.0),
+            meanwhile=lambda: meanwhile.append(reads.reads),
+        )
+        trained.scaler.update()
+    assert meanwhile == [0], "the device has all of its work before the host waits for it"
+    assert reads.reads <= 2
+
+
+def test_an_optimizer_that_cannot_decide_on_the_device_waits_for_the_norm() -> None:
+    for finite in (True, False):
+        trained = Trained()
+        trained.optimizer = torch.optim.SGD(trained.model.parameters(), lr=1e-2)
+        if not finite:
+            next(trained.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        before = trained.copy_weights()
+        result = trained.step(make_batch())
+        changed = [not torch.equal(*pair) for pair in zip(trained.model.parameters(), before, strict=True)]
+        assert result.applied == finite == all(changed) == any(changed)
 
 
 def test_an_fp16_step_whose_gradients_overflow_is_skipped_and_the_next_ones_train() -> None:
