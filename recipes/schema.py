@@ -108,6 +108,8 @@ class DataTable(Table):
     """Whether rows are read and tokenised in the run, for sets larger than memory; needs train.max_steps."""
     system: Prompt | None = None
     """System prompt for rows that have none."""
+    chat_template: Text | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own, and is saved with the result."""
 
     @field_validator("train")
     @classmethod

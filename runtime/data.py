@@ -12,7 +12,7 @@ from .mixture import Part
 from .rows import Row
 from .sources import LoadedRows, Resolve, SourceRows
 from .streaming import StreamedRows
-from .templates import ensure_chat_template
+from .templates import ensure_chat_template, read_chat_template
 from .token_cache import find_key, load_tokens, save_tokens
 from .tokens import Counts, RowTokenizer, TokenizedRow, TokenizedRows, TokenSettings, check_not_empty, find_pad_token_id
 
@@ -56,6 +56,8 @@ def tokenize_data(
     table: DataTable, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase, resolve: Resolve
 ) -> TokenizedData:
     """The rows of `[data]` as tokens; a tokenizer without a chat template gets the default one."""
+    if table.chat_template is not None:
+        read_chat_template(tokenizer, resolve(table.chat_template), name=table.chat_template)
     default_template = ensure_chat_template(tokenizer)
     settings = make_settings(table)
     train = tokenize_sources(loaded.train, tokenizer, settings)

@@ -189,8 +189,8 @@ class Encoder:
                 raise DataError(
                     f"{row.where}: message {index + 1}: which tokens are the answer is ambiguous, because the chat "
                     "template renders what comes before an answer in another way once the answer follows"
-                    f"{_show_difference(prompt, whole)}; use a tokenizer whose template does not, or marks answers "
-                    "with {% generation %}"
+                    f"{_show_difference(prompt, whole)}; set data.chat_template to a template that does not, or that "
+                    "marks answers with {% generation %}"
                 )
             if whole == prompt:
                 raise DataError(f"{row.where}: message {index + 1}: the chat template leaves the answer out")

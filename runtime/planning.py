@@ -113,7 +113,11 @@ class Job:
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
         inputs = self.find_inputs(quick=quick)
-        return make_plan(inputs, *((None, None) if quick else self.find_rehearsal(inputs)))
+        plan = make_plan(inputs, *((None, None) if quick else self.find_rehearsal(inputs)))
+        if quick or "data" not in vars(self):
+            return plan
+        refused = tuple(f"a run would be refused: {problem}" for problem in self.data_report.problems)
+        return plan.model_copy(update={"warnings": (*plan.warnings, *refused)})
 
     def find_rehearsal(self, inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.

@@ -15,9 +15,10 @@ Where the tokenizer starts plain text with a beginning-of-sequence token, the te
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..recipes.errors import ModelError
+from ..recipes.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,26 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
         has_chatml_end=has_chatml_end, starts_with_bos=starts_with_bos(tokenizer)
     )
     return True
+
+
+def read_chat_template(tokenizer: PreTrainedTokenizerBase, path: Path, *, name: str) -> None:
+    """Give a tokenizer the template in a file, `name` being what errors call it; DataError where it is none."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.chat_template: {name} cannot be read: {reason}") from error
+    if not text.strip():
+        raise DataError(f"data.chat_template: {name} is empty")
+    tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    except TemplateSyntaxError as error:
+        raise DataError(f"data.chat_template: {name}:{error.lineno}: not a Jinja template: {error.message}") from error
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return  # one that refuses this conversation may take those of the dataset
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -82,3 +82,10 @@ def test_without_a_recipe_it_says_what_it_takes(fitune: Commands) -> None:
     result = fitune("data")
     assert "fitune data RECIPE" in result.out + result.err
     assert fitune("data", "no-such").code == 1
+
+
+def test_a_plan_warns_where_a_run_would_be_refused_for_its_data(fitune: Commands, folder: Path) -> None:
+    write_rows(folder, *["Opa!"] * 3, "Listen. " * 60)
+    result = fitune("plan", "recipe.toml", "--set", "budget.memory=64GiB", "--json")
+    (plan,) = result.plans
+    assert any("a run would be refused: 1 of 4 training rows" in warning for warning in plan["warnings"])

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train_on": "assistant",
         "packing": False,
         "streaming": False,
+        "chat_template": None,
         "system": None,
     },
     "method": {

@@ -22,7 +22,11 @@ def write_texts(path: Path, *texts: str) -> None:
 
 def tokenize(folder: Path, **table: Any) -> TokenizedData:
     checked = DataTable.model_validate(table)
-    return tokenize_data(checked, load_rows(checked, lambda written: folder / written), build_tokenizer(CHATML), Path)
+
+    def resolve(written: str) -> Path:
+        return folder / written
+
+    return tokenize_data(checked, load_rows(checked, resolve), build_tokenizer(CHATML), resolve)
 
 
 def test_a_mixture_is_drawn_by_weight_in_every_epoch(tmp_path: Path) -> None:
@@ -54,3 +58,29 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
     write_texts(tmp_path / "b.jsonl", "feta " * 60)
     with pytest.raises(DataError, match=r"^b\.jsonl: all 1 rows were dropped"):
         tokenize(tmp_path, train=[{"path": "a.jsonl"}, {"path": "b.jsonl"}], max_length=32, overlong="drop")
+
+
+def test_a_template_of_ones_own_replaces_the_tokenizers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Feta?", "output": "Yes."}))
+    (tmp_path / "own.jinja").write_text(CHATML.replace("assistant", "Pavlos"))
+    data = tokenize(tmp_path, train="a.jsonl", max_length=64, chat_template="own.jinja", train_on="all")
+    assert data.tokenizer.chat_template == CHATML.replace("assistant", "Pavlos")
+    assert not data.default_template
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "data.chat_template: own.jinja cannot be read: No such file or directory"),
+        (b" ", "data.chat_template: own.jinja is empty"),
+        (b"\xff", "data.chat_template: own.jinja cannot be read: "),
+        (b"\n{% if %}", "data.chat_template: own.jinja:2: not a Jinja template: "),
+    ],
+)
+def test_a_template_that_is_none_is_told(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    write_texts(tmp_path / "a.jsonl", "feta")
+    if content is not None:
+        (tmp_path / "own.jinja").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        tokenize(tmp_path, train="a.jsonl", max_length=64, chat_template="own.jinja")
+    assert str(caught.value).startswith(problem)
