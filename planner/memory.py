@@ -35,7 +35,15 @@ class Components(Value):
     @property
     def total(self) -> int:
         """The sum of all components, bytes."""
-        return sum(value for _, value in self)
+        return (
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.loss_head
+            + self.temporary
+        )
 
     @property
     def largest(self) -> str:

@@ -11,7 +11,17 @@ from commands import RECIPE, Commands
 
 from fitune.planner.catalog import list_gpus
 
-OUTCOME = {"fits", "strategy", "required_bytes", "budget_bytes", "limit", "headroom_bytes", "estimator"}
+OUTCOME = {
+    "fits",
+    "strategy",
+    "required_bytes",
+    "budget_bytes",
+    "limit",
+    "headroom_bytes",
+    "estimator",
+    "tokens_per_second",
+    "total_seconds",
+}
 ISSUE = ("train.micro_batch_size=1,2,4", "data.max_length=1024,4096")
 
 
