@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from ..recipes.errors import FituneError
+from ..recipes.load import find_shipped_recipes
+from ..recipes.problems import find_nearest
 from .redaction import redact
 from .shown import ShownConsole
 
@@ -21,6 +23,10 @@ class DataGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args if not word.startswith("-")]
         if words and words[0] not in self.commands:
+            commands = [name for name, command in self.commands.items() if not command.hidden]
+            meant = find_nearest(words[0], commands)
+            if meant is not None and words[0] not in find_shipped_recipes() and not Path(words[0]).exists():
+                raise click.UsageError(f'there is no command and no recipe "{words[0]}" (did you mean "{meant}"?)', ctx)
             args = ["check", *args]
         return super().parse_args(ctx, args)
 

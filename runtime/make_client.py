@@ -21,6 +21,7 @@ import httpx2
 from ..recipes.errors import DataError
 from ..recipes.load import printable
 from ..recipes.make_spec import EndpointTable, SpecFile
+from .redaction import redact
 
 MAX_ANSWER_BYTES = 16 * 2**20
 CONNECT_SECONDS = 15.0
@@ -167,9 +168,10 @@ class Client:
         return ""
 
     def _clean(self, text: str) -> str:
-        """What may be shown: without the key, in one line, without control characters, cut."""
+        """What may be shown: without the key and other secrets, in one line, without control characters, cut."""
         if self._key is not None:
             text = text.replace(self._key, "[key]")
+        text = redact(text)
         line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
         return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
 

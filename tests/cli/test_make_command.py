@@ -149,6 +149,7 @@ def test_a_variable_that_is_not_set_is_said_before_anything_is_sent(
     ("words", "code", "message"),
     [
         (["data", "make"], 2, "give a SPEC.toml; --example prints one to start from"),
+        (["data", "mak", "s.toml"], 2, 'there is no command and no recipe "mak" (did you mean "make"?)'),
         (["data", "make", "none.toml"], 1, "none.toml: cannot be read: No such file or directory"),
         (["data", "make", "."], 1, "cannot be read: Is a directory"),
         (["data", "make", "rows.jsonl"], 1, "rows.jsonl: is not valid TOML"),

@@ -113,6 +113,11 @@ def test_what_will_fail_again_is_refused_with_what_to_do_and_without_the_key(rep
     assert outcome.why.isprintable()
 
 
+def test_another_secret_in_an_error_is_hidden_too() -> None:
+    outcome = send(fail(400, "see https://me:secret@host/ with hf_abcdefghijklmnopqrstuvwxyz"))
+    assert outcome == Refused(why="HTTP 400: see https://***@host/ with ***")
+
+
 def test_an_endpoint_that_wants_a_key_where_the_spec_has_none_says_which_setting() -> None:
     outcome = send(fail(401, "no key"), key=None)
     assert outcome == Refused(why="HTTP 401: no key (the endpoint wants a key: set endpoint.api_key_env)")
