@@ -202,11 +202,12 @@ def estimate_offload_bytes(step: StepShape) -> int:
 def estimate_recast_bytes(step: StepShape, block: BlockShape) -> tuple[int, int]:
     """(kept, short-lived) bytes that a layer takes beyond its forward's where backward computes it again.
 
-    The step keeps peft from casting adapter inputs to the adapters' dtype in its forward only. In the recomputation
-    each fp32 adapter casts its input: to fp32 for as long as it computes, and autocast back, which is kept: aT inputs.
+    Nothing, but for the measured steps: they kept peft from casting adapter inputs to the adapters' dtype in their
+    forward only. In the recomputation each fp32 adapter casts its input: to fp32 for as long as it computes, and
+    autocast back, which is kept: aT inputs.
     """
     strategy = step.strategy
-    if strategy.adapter_dtype != "fp32" or step.compute_bytes == FP32:
+    if not strategy.recasts_adapter_inputs or strategy.adapter_dtype != "fp32" or step.compute_bytes == FP32:
         return 0, 0
     inputs = [linear.inputs for linear in block.linears if step.needs_input(linear)]
     if strategy.adapter_dropout:  # its output is a second fp32 copy; the cast one is kept in any case

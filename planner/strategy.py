@@ -128,6 +128,8 @@ class Strategy(Value):
                       cheapest to checkpoint: elsewhere the same number needs as much at the loss head and more after it
     loss_head:        `full` keeps the logits of all tokens; `chunked` has 1,024 rows of them at a time and computes
                       them again in backward; `fused` computes their gradient chunk by chunk in the forward
+    recasts_adapter_inputs: a checkpointed layer that is computed again copies adapters' inputs to the adapters' dtype,
+                      as peft does; true of measured steps alone, no plan does it
     optimizer:        one of the recipe's names
     compile:          layers compiled, and with them the fused loss head
     packing:          short rows put together, which gives every attention but varlen an explicit mask
@@ -150,6 +152,7 @@ class Strategy(Value):
     gradient_accumulation_steps: int = Field(ge=1)
     checkpointed_layers: int = Field(ge=0)
     loss_head: LossHead
+    recasts_adapter_inputs: bool = False
     optimizer: Optimizer
     compile: bool = False
     packing: bool = False

@@ -131,6 +131,7 @@ def make_strategy(row: Mapping[str, Any], layers: int) -> Strategy:
         gradient_accumulation_steps=row.get("gradient_accumulation_steps", 1),
         checkpointed_layers=layers if row["gradient_checkpointing"] else 0,
         loss_head="fused" if head == "liger_fused_linear_cross_entropy" else head,
+        recasts_adapter_inputs=True,
         optimizer=row["optimizer"],
         compile=row.get("compile_layers", False),
         expandable_segments=row.get("expandable_segments", False),

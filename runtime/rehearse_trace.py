@@ -23,7 +23,7 @@ from .rehearse_fakes import make_fakes
 from .rehearse_layers import NotPeriodic, Segment, extend, split_segments
 from .rehearse_model import RehearsalModel, build_rehearsal_model
 from .rehearse_watch import Recording, StorageWatch
-from .step import autocast, uncast_adapter_inputs
+from .step import autocast, recomputation, uncast_adapter_inputs
 
 UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model raises on fake tensors when it reads their values, or when its config's sizes do not fit together."""
@@ -128,7 +128,8 @@ def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWa
         )
     watch.enter("backward", "loss_head")
     watch.backward = True
-    run_backward(loss)
+    with recomputation(model.model, strategy):
+        run_backward(loss)
     watch.backward = False
     del loss
     watch.enter("end", "temporary")

@@ -70,13 +70,22 @@ class StepResult:
 def uncast_adapter_inputs(model: nn.Module) -> Iterator[None]:
     """Keep peft from copying every adapter's input to the adapter's dtype: 20 to 24 % of the peak.
 
-    Autocast casts where it computes anyway. As in the measured step this holds for the forward only: a checkpointed
-    layer that is computed again in backward does copy. https://github.com/AgileRL/AgileRL/pull/623
+    Autocast casts where it computes anyway. https://github.com/AgileRL/AgileRL/pull/623
     """
     from peft import PeftModel
     from peft.helpers import disable_input_dtype_casting
 
     with disable_input_dtype_casting(model, active=isinstance(model, PeftModel)):
+        yield
+
+
+@contextlib.contextmanager
+def recomputation(model: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """For backward: checkpointed layers are computed again as they were in the forward, without copies of inputs.
+
+    Up to a tenth of the peak less than with them, which the measured steps had.
+    """
+    with contextlib.nullcontext() if strategy.recasts_adapter_inputs else uncast_adapter_inputs(model):
         yield
 
 
@@ -136,7 +145,8 @@ def training_step(
                 compiled=strategy.compile,
             )
         enter_phase("backward")
-        scaler.scale(loss).backward()
+        with recomputation(model, strategy):
+            scaler.scale(loss).backward()
         loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         del loss
     assert loss_sum is not None, "a step has at least one micro-batch"

@@ -149,7 +149,9 @@ def test_fp32_adapters_cast_their_inputs_where_a_layer_is_computed_again() -> No
     shape = find_shape("llama-3.2-1b")
     block, inputs = shape.blocks[0], 6 * 2048 + 8192  # of the seven linear layers
     fp32, bf16 = (
-        act.estimate_recast_bytes(act.StepShape(shape, make_strategy(adapter_dtype=dtype), 512), block)
+        act.estimate_recast_bytes(
+            act.StepShape(shape, make_strategy(adapter_dtype=dtype, recasts_adapter_inputs=True), 512), block
+        )
         for dtype in ("fp32", "bf16")
     )
     shared = 2 * 2048 + 8192  # two norms' outputs and the MLP's product, which the forward keeps too

@@ -45,6 +45,7 @@ def estimate_step(row: dict[str, Any], architectures: dict[str, Any]) -> Step:
         micro_batch_size=row["micro_batch_size"],
         gradient_accumulation_steps=row["gradient_accumulation_steps"],
         checkpointed_layers=99 if row["gradient_checkpointing"] else 0,
+        recasts_adapter_inputs=True,
         loss_head=row["loss_head"],
         optimizer=row["optimizer"],
         learning_rate=1e-4,

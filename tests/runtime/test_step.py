@@ -248,3 +248,26 @@ def test_matrix_work_runs_in_the_compute_dtype(compute_dtype: str, expected: tor
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
 def test_a_scaler_is_for_fp16_only(compute_dtype: str) -> None:
     assert not make_scaler(make_strategy(compute_dtype=compute_dtype), CPU).is_enabled()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_checkpointed_layer_is_computed_again_without_copies_too(tmp_path: Path, method: str) -> None:
+    strategy = make_strategy(method, weights_dtype="bf16", compute_dtype="bf16", checkpointed_layers=2)
+    built = build_model(save_small_model(tmp_path), strategy, CPU)
+    casts: list[torch.dtype] = []
+    for name, module in built.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, args: casts.append(args[0].dtype))
+    ids = make_tokens(2, 16)
+    training_step(
+        built.model,
+        built.base,
+        [MicroBatch(input_ids=ids, labels=ids)],
+        tokens=30,
+        strategy=strategy,
+        optimizer=make_optimizer("adamw", built.model, learning_rate=1e-3, weight_decay=0.0, rounding="nearest"),
+        scaler=make_scaler(strategy, CPU),
+        clip=lambda: 0.0,
+    )
+    assert len(casts) >= 2 * 2 * 6
+    assert set(casts) == {torch.bfloat16}
