@@ -111,12 +111,26 @@ class SampleSequence(Value):
     pieces: tuple[SamplePiece, ...]
 
 
+class StreamFacts(Value):
+    """What the last session of a run read of its stream: blocks of rows, some of them not trained on yet.
+
+    rows:      that were tokenised
+    truncated: of them, cut at data.max_length
+    left_out:  of them, too long or without a trained token
+    """
+
+    rows: int
+    truncated: int
+    left_out: int
+
+
 class DataReport(Value):
     """The data check.
 
     recipe:    the recipe's path
     max_length: data.max_length, tokens
     streamed:  whether the rows are the first of each source only, since data.streaming reads them in the run
+    stream:    what a run with data.streaming has read; None before the run, and without
     packed:    rows that the training sequences were packed into, None where they are not
     forgetting_sources, forgetting: the sources and rows of another task (data.forgetting); None without
     leak:      None without held-out rows
@@ -134,6 +148,7 @@ class DataReport(Value):
     forgetting_sources: tuple[SourceFacts, ...] = ()
     forgetting: SetFacts | None = None
     streamed: bool = False
+    stream: StreamFacts | None = None
     packed: int | None
     leak: Leak | None
     samples: tuple[SampleSequence, ...]

@@ -50,7 +50,10 @@ def describe_data(report: DataReport) -> str:
         f"{train.truncated:,} cut" if train.truncated else "none cut",
     ]
     parts += [f"{count:,} {what}" for count, what in _list_left_out(train)]
-    if len(report.sources) > 1:
+    if report.stream is not None:
+        stream = report.stream
+        parts = [f"{stream.rows:,} rows read of a stream, {stream.truncated:,} cut, {stream.left_out:,} left out"]
+    if len(report.sources) > 1 and not report.streamed:
         drawn = sum(source.epoch_rows for source in report.sources)
         parts.append(" + ".join(f"{show_text(one.name)} {one.epoch_rows / drawn:.0%}" for one in report.sources))
     if report.leak is not None:

@@ -23,7 +23,7 @@ from ..recipes.load import RecipeFile, load_recipe
 from .batches import padded_width
 from .cpu_rates import find_cpu_rates
 from .data import TokenizedData, tokenize_data
-from .data_report import DataReport
+from .data_report import DataReport, StreamFacts
 from .devices import probe_device
 from .models import (
     ModelSource,
@@ -85,6 +85,16 @@ class Job:
         """The data check; its problems are not raised here."""
         recipe = self.recipe_file.recipe
         return check_data(self.path, recipe.data, self.rows, self.data, seed=recipe.train.seed)
+
+    @property
+    def data_report_after(self) -> DataReport:
+        """The data check once the run is over: with what it read of a stream."""
+        stream = self.data.stream
+        if stream is None:
+            return self.data_report
+        counts = stream.counts
+        facts = StreamFacts(rows=counts.rows, truncated=counts.truncated, left_out=counts.too_long + counts.empty)
+        return self.data_report.model_copy(update={"stream": facts})
 
     def find_data_facts(self, *, quick: bool) -> DataFacts:
         """The longest row and how many there are: from the tokenised dataset where it and the tokenizer are here."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from .readers import Record
 from .records import Dataset, load_records
 from .rows import BadRow, Row, RowParser
 from .sources import Resolve, list_sources, open_source, with_system
-from .tokens import RowTokenizer, TokenizedRow, TokenSettings, find_pad_token_id
+from .tokens import Counts, RowTokenizer, TokenizedRow, TokenSettings, find_pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +37,14 @@ class StreamedRows:
     resolve:      finds its paths
     tokenizer:    with a chat template
     settings:     what decides over a row's tokens
+    counts:       what became of the rows that were read so far, their lengths excepted
     """
 
     table: DataTable
     resolve: Resolve
     tokenizer: PreTrainedTokenizerBase
     settings: TokenSettings
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def pad_token_id(self) -> int:
@@ -107,6 +109,7 @@ class StreamedRows:
                     'data.train_on = "last"'
                 )
             kept += made
+        self.counts.add(making.counts)
         if not kept:
             raise DataError(
                 f"{records[0].where}: none of {len(records):,} rows from here on has a token to train on within "

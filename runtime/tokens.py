@@ -72,6 +72,11 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
 
+    def add(self, other: Counts) -> None:
+        """Count the other's rows too, without their lengths."""
+        for name in vars(self).keys() - {"lengths"}:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedRows:

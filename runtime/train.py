@@ -296,5 +296,5 @@ class Run:
                 self.forgetting_after,
                 allowed=self.recipe.data.max_forgotten,
             ),
-            data=self.job.data_report,
+            data=self.job.data_report_after,
         )

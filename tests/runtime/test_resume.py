@@ -115,6 +115,8 @@ def test_a_resumed_run_ends_as_one_without_an_interruption(
     assert read_weights(a) == read_weights(b) and len(read_weights(a)) > 1
     assert (report.resumed_from, report.lost_steps) == ((2, 4), 2)
     assert report.loss == expected.loss and report.sample == expected.sample
+    if kind == "streaming":
+        assert report.data is not None and report.data.stream is not None and report.data.stream.rows > 0
     assert (report.speed.steps, report.speed.tokens) == (expected.speed.steps, expected.speed.tokens)
     record_property("faults", 2)
     record_property("lost_steps", report.lost_steps)

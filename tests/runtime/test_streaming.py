@@ -98,6 +98,15 @@ def test_a_row_without_a_trained_token_gives_its_place_to_another_of_its_block(t
     assert set(seen) == {"feta", "kasseri"} and len(seen) == 5
 
 
+def test_what_is_cut_and_left_out_is_counted_as_it_is_read(tmp_path: Path) -> None:
+    write_texts(tmp_path / "a.jsonl", *["feta"] * 7, "long " * 50)
+    cutting, dropping = make_stream(tmp_path), make_stream(tmp_path, overlong="drop")
+    read(cutting, 16)
+    read(dropping, 16)
+    assert (cutting.counts.rows, cutting.counts.truncated, cutting.counts.too_long) == (16, 2, 0)
+    assert (dropping.counts.rows, dropping.counts.truncated, dropping.counts.too_long) == (16, 0, 2)
+
+
 def test_the_format_is_the_first_rows_also_where_the_stream_is_taken_up(tmp_path: Path) -> None:
     lines = [{"text": "a", "prompt": "b"}] * 8 + [{"text": "c", "prompt": "d", "completion": "e"}] * 8
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
