@@ -7,7 +7,7 @@ from typing import Any
 
 from ..planner.allocator import CachingAllocator
 from ..planner.catalog import find_gpu
-from ..planner.clock import find_order_rates, make_closed_form_clock
+from ..planner.clock import find_order_rates
 from ..planner.estimate import CUDA_HOST_BYTES, estimate_memory
 from ..planner.families import FAMILIES
 from ..planner.memory import PHASES, Components, Memory, Phase
@@ -82,7 +82,6 @@ class Rehearsal:
     ) -> None:
         self._config, self._shape, self._device = dict(config), shape, device
         self._length, self._merge = sequence_length, merge
-        self._clock = make_closed_form_clock(shape, device, sequence_length)
         self._known: dict[Strategy, tuple[Memory, StepTime]] = {}
 
     def measure(self, strategy: Strategy) -> Memory:
@@ -98,16 +97,12 @@ class Rehearsal:
             device = self._device
             quick = _estimate_quickly(self._config, strategy, device, self._length, merge=self._merge)
             traced = trace_step(self._config, strategy, find_card(device), sequence_length=self._length)
-            time = (
-                self._clock(strategy)
-                if strategy.compile
-                else time_step(
-                    traced,
-                    strategy,
-                    find_order_rates(device),
-                    flops_per_token=estimate_model_flops(self._shape, strategy, self._length),
-                    length=self._length,
-                )
+            time = time_step(
+                traced,
+                strategy,
+                find_order_rates(device),
+                flops_per_token=estimate_model_flops(self._shape, strategy, self._length),
+                length=self._length,
             )
             self._known[strategy] = _measure(traced, strategy, device, quick, merge=self._merge), time
         return self._known[strategy]
