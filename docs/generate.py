@@ -1,6 +1,7 @@
-"""Makes the parts of docs/ that come from the software: `python docs/generate.py recipe`, `... accuracy`, `... images`.
+"""Makes the parts of docs/ that come from the software: `python docs/generate.py recipe|accuracy|speed|images`.
 
 recipe: docs/recipe.md from the recipe's schema, and the keys of docs/data_make.md from the schema of its spec.
+speed: the tables of docs/speed.md and docs/images/speed.svg; takes three minutes.
 accuracy: the tables of docs/accuracy.md and docs/images/accuracy.svg, from all measured rows; takes two minutes.
 images: docs/images' other pictures, from real commands, recorded by rich. The run takes minutes, on an idle machine.
 """
@@ -134,6 +135,21 @@ def make_images() -> None:
         _save(console, "report", "fitune report runs/quickstart", hide=f"{scratch}/")
 
 
+def make_speed() -> None:
+    """docs/speed.md's tables and its plot: every measured step beside the time that is predicted for it."""
+    from accuracy_page import fill_page
+    from speed_page import make_speed_parts, make_speed_plot
+
+    from fitune.runtime.accuracy_speed import load_timed_rows
+
+    data, page = DOCS.parent / "tests" / "data", DOCS / "speed.md"
+    architectures = data / "architectures.json"
+    rows = load_timed_rows(architectures, [data / "h100_reference_step.jsonl"])
+    rows += load_timed_rows(architectures, [data / "h100_speed_levers.jsonl"], short=True)
+    page.write_text(fill_page(page.read_text(encoding="utf-8"), make_speed_parts(rows)), encoding="utf-8")
+    (DOCS / "images" / "speed.svg").write_text(make_speed_plot(rows), encoding="utf-8")
+
+
 def make_accuracy() -> None:
     """docs/accuracy.md's tables and its plot: every measured row beside what is predicted for it."""
     from accuracy_page import fill_page, make_parts, make_plot
@@ -168,7 +184,9 @@ if __name__ == "__main__":
         page.write_text(make_spec_reference(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif what == ["accuracy"]:
         make_accuracy()
+    elif what == ["speed"]:
+        make_speed()
     elif what == ["images"]:
         make_images()
     else:
-        sys.exit("usage: python docs/generate.py recipe|accuracy|images")
+        sys.exit("usage: python docs/generate.py recipe|accuracy|speed|images")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from math import ceil
 
 from ..recipes.schema import Recipe
 from .catalog import find_gpu
 from .rates import OPERATION_SECONDS, make_gpu_rates
 from .shape import ModelShape
-from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, make_speed, make_step_time
+from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, make_speed, make_step_time, shorten
 from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work
-from .strategy import Device, Rates, Strategy
+from .strategy import DataFacts, Device, Rates, Strategy
 
 Clock = Callable[[Strategy], StepTime]
 """Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step."""
@@ -20,6 +21,8 @@ LOAD_BYTES_PER_SECOND = 1.5e9
 """At which weights are read from a local disk and brought to the device; a guess."""
 COMPILE_SECONDS = 30.0
 """Of compiling one kind of layer, forward and backward, where no cache has it; a guess, not measured."""
+WIDTH_MULTIPLE = 8
+"""Micro-batches are padded to a multiple of so many tokens."""
 ASSUMED_STEPS = 1000
 """Steps that startup is weighed against where their number is not known."""
 UNSURE_SHARE = 0.3
@@ -76,6 +79,22 @@ def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: i
     return clock
 
 
+def estimate_widths(row_tokens: Sequence[int], strategy: Strategy, *, longest: int) -> list[int]:
+    """To how many tokens each micro-batch of a step is padded: the rows of a global batch are sorted by length and
+    divided, so the k-th micro-batch is as wide as the row than which k * micro_batch_size of them are longer, on
+    average the (n - k * micro_batch_size) / (n + 1) quantile of the dataset.
+
+    row_tokens: of rows that stand for all, shortest first
+    """
+    micro, count = strategy.micro_batch_size, strategy.gradient_accumulation_steps
+    widths = []
+    for number in range(count):
+        place = (micro * count - number * micro) / (micro * count + 1)
+        widest = row_tokens[ceil(place * len(row_tokens)) - 1]
+        widths.append(min(WIDTH_MULTIPLE * -(-widest // WIDTH_MULTIPLE), longest))
+    return widths
+
+
 class Timer:
     """Times whole runs of a recipe.
 
@@ -92,23 +111,37 @@ class Timer:
         exact: Clock | None,
         steps: int | None,
         weight_file_bytes: int,
+        data: DataFacts,
     ) -> None:
-        self.steps, self._quick, self._exact = steps, quick, exact
+        self.steps, self._quick, self._exact, self._data = steps, quick, exact, data
         self._device, self._weight_file_bytes = device, weight_file_bytes
         self._price_per_hour, hours = recipe.budget.price_per_hour, recipe.budget.max_hours
         self.limit_seconds = None if hours is None else 3600 * hours
 
     def estimate(self, strategy: Strategy) -> StepTime:
-        """A step by closed forms."""
-        return self._quick(strategy)
+        """A step by closed forms, on rows as long as the dataset's."""
+        return self._fit(strategy, self._quick(strategy))
 
     def rehearse(self, strategy: Strategy) -> StepTime:
         """A step as exactly as it can be had; TraceError where the model cannot be rehearsed."""
-        return self._quick(strategy) if self._exact is None else self._exact(strategy)
+        return self._fit(strategy, self._quick(strategy) if self._exact is None else self._exact(strategy))
+
+    def _fit(self, strategy: Strategy, time: StepTime) -> StepTime:
+        if self._data.row_tokens is None:
+            return time
+        longest = self._data.longest_row_tokens
+        widths = estimate_widths(self._data.row_tokens, strategy, longest=longest)
+        mean_tokens = sum(self._data.row_tokens) / len(self._data.row_tokens)
+        return shorten(
+            time,
+            find_order_rates(self._device),
+            width_share=sum(widths) / len(widths) / longest,
+            token_share=mean_tokens / longest,
+        )
 
     def estimate_seconds(self, strategy: Strategy) -> float:
         """The whole run by closed forms."""
-        return self.rank_seconds(strategy, self._quick(strategy))
+        return self.rank_seconds(strategy, self.estimate(strategy))
 
     def estimate_startup_seconds(self, strategy: Strategy) -> float:
         """Reading the weights, and compiling layers."""
@@ -126,7 +159,7 @@ class Timer:
 
     def is_hopeless(self, strategy: Strategy) -> bool:
         """Whether a run is so late by closed forms that no rehearsal would save it."""
-        late = self.find_late_seconds(strategy, self._quick(strategy))
+        late = self.find_late_seconds(strategy, self.estimate(strategy))
         return late > UNSURE_SHARE * (self.limit_seconds or 0.0)
 
     def make_speed(self, strategy: Strategy, time: StepTime) -> Speed | None:

@@ -181,6 +181,7 @@ def make_plan(
         exact=clock,
         steps=count_planned_steps(recipe, inputs.data.rows),
         weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
+        data=inputs.data,
     )
     if inputs.like is None:
         methods = walk_methods(recipe, device, shape)

@@ -97,11 +97,33 @@ class StepTime:
         return sum(min(phase.device_seconds, phase.seconds) for phase in self.phases)
 
 
+def shorten(time: StepTime, rates: Rates, *, width_share: float, token_share: float) -> StepTime:
+    """A step whose micro-batches are padded to a share of the longest row, and hold a share of its tokens.
+
+    The device computes as much less, the host starts as many operations; attention, of which there is less still, is
+    taken like the rest.
+    """
+
+    def fit(phase: PhaseTime) -> PhaseTime:
+        if phase.name not in MICRO_BATCH_PHASES:
+            return phase
+        device = width_share * phase.device_seconds
+        seconds = max(device, phase.host_seconds) if rates.overlaps else device + phase.host_seconds
+        return PhaseTime(name=phase.name, device_seconds=device, host_seconds=phase.host_seconds, seconds=seconds)
+
+    return replace(
+        time,
+        phases=tuple(map(fit, time.phases)),
+        tokens=max(1, round(token_share * time.tokens)),
+        flops=token_share * time.flops,
+    )
+
+
 class Speed(Value):
     """How fast a run will go, the sibling of a plan's memory.
 
-    tokens_per_second:       of training steps on rows as long as the plan allows for
-    step_seconds:            of one optimizer step
+    tokens_per_second:       of training steps, padding excepted; on rows as long as the longest where others are
+    unknown step_seconds:            of one optimizer step
     startup_seconds:         loading the model, compiling its layers
     total_seconds:           startup and all steps; None where their number is not known
     model_flops_utilization: operations that the model needs, recomputation excepted, over what the device could do in

@@ -99,11 +99,13 @@ class DataFacts(Value):
 
     rows:            training rows, None where the dataset is not there
     longest_row_tokens: tokens of the longest row after truncation, at most `data.max_length`
+    row_tokens:      tokens of some rows that stand for all, shortest first; None where they are not known
     source:          a phrase for people: `tokenised` or why max_length is assumed
     """
 
     rows: int | None = None
     longest_row_tokens: int = Field(ge=1)
+    row_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
     source: str
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from .models import (
 from .preflight import check_data
 from .sources import LoadedRows, find_absent, load_rows
 from .versions import find_versions
+
+STANDING_ROWS = 128
+"""Rows whose lengths stand for the dataset's in a plan."""
 
 
 class Job:
@@ -112,7 +115,12 @@ class Job:
             why = "the model's tokenizer is not here yet"
             return DataFacts(rows=len(self.rows.train_rows), longest_row_tokens=longest, source=f"{assumed}: {why}")
         width = padded_width(self.data.longest_row_tokens, max_length=longest)
-        return DataFacts(rows=self.data.train.epoch_rows, longest_row_tokens=width, source="the longest row, tokenised")
+        return DataFacts(
+            rows=self.data.train.epoch_rows,
+            longest_row_tokens=width,
+            row_tokens=None if recipe.data.packing else pick_row_tokens(self.data.train.rows),
+            source="the longest row, tokenised",
+        )
 
     def _find_missing_data(self) -> str | None:
         """A phrase where the training data is not here; a dataset on a hub is fetched by `run` only."""
@@ -188,6 +196,14 @@ class Job:
         """The folder that the run's directory is, or will be, in."""
         written = self.recipe_file.recipe.output.dir
         return Path("runs") if written is None else self.recipe_file.resolve(written).parent
+
+
+def pick_row_tokens(rows: Sequence[Sized]) -> tuple[int, ...]:
+    """Tokens of at most STANDING_ROWS rows, evenly chosen among all by length, the longest among them; shortest
+    first."""
+    lengths = sorted(map(len, rows))
+    count = min(STANDING_ROWS, len(lengths))
+    return tuple(lengths[(number + 1) * len(lengths) // count - 1] for number in range(count))
 
 
 def load_plan(path: Path) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
 
 from fitune.planner.catalog import find_gpu, list_gpus
-from fitune.planner.clock import make_closed_form_clock
-from fitune.planner.plan import make_plan
+from fitune.planner.clock import estimate_widths, make_closed_form_clock
+from fitune.planner.plan import Plan, make_plan
 from fitune.planner.rates import ATTENTION_SHARES, make_gpu_rates
 from fitune.planner.speed import StepTime, Work, estimate_operation_seconds, estimate_phase_time
 from fitune.planner.step_cost import estimate_model_flops
@@ -180,3 +181,42 @@ def test_hours_without_the_number_of_steps_do_not_bind_and_the_plan_says_so() ->
     plan = plan_for({"budget": {"max_hours": 0.001}}, make_gpu("H100 80GB"), rows=None)
     assert plan.fits and plan.speed is not None and plan.speed.total_seconds is None
     assert any("without the rows the number of steps is not known" in text for text in plan.warnings)
+
+
+def plan_rows(row_tokens: tuple[int, ...] | None, **changes: Any) -> Plan:
+    tables = {
+        "method": {"kind": "lora"},
+        "data": {"train": "x", "max_length": 1024},
+        "train": {"max_steps": 10, **changes},
+    }
+    inputs = make_inputs(tables, H100)
+    return make_plan(replace(inputs, data=inputs.data.model_copy(update={"row_tokens": row_tokens})))
+
+
+def test_shorter_rows_make_shorter_steps_and_their_padding_does_not_count() -> None:
+    full, same, short = (plan_rows(rows).speed for rows in (None, (1024,), (128, 256)))
+    assert full is not None and same is not None and short is not None
+    assert same.step_seconds == pytest.approx(full.step_seconds)
+    assert short.step_seconds < full.step_seconds
+    assert short.phases[0].device_seconds < 0.3 * full.phases[0].device_seconds
+    tokens = short.tokens_per_second * short.step_seconds
+    assert tokens == pytest.approx(16 * 192, rel=0.01), "16 rows of 192 tokens on average"
+    assert short.model_flops_utilization < full.model_flops_utilization
+
+
+def test_where_lengths_differ_small_micro_batches_pad_less() -> None:
+    rows = tuple(range(64, 1025, 64))
+    for micro, widest in ((1, 560), (4, 700), (16, 1024)):
+        strategy = make_strategy(micro_batch_size=micro, gradient_accumulation_steps=16 // micro)
+        widths = estimate_widths(rows, strategy, longest=1024)
+        assert len(widths) == 16 // micro
+        assert widths == sorted(widths, reverse=True)
+        assert sum(widths) / len(widths) <= widest
+
+
+@given(st.lists(st.integers(1, 4096), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 8))
+def test_no_micro_batch_is_padded_beyond_the_longest_row(tokens: list[int], micro: int, count: int) -> None:
+    strategy = make_strategy(micro_batch_size=micro, gradient_accumulation_steps=count)
+    widths = estimate_widths(sorted(tokens), strategy, longest=max(tokens))
+    assert widths == sorted(widths, reverse=True)
+    assert all(0 < width <= max(tokens) for width in widths)

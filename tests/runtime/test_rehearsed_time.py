@@ -30,7 +30,10 @@ SAMPLE = {
         "qwen3-1.7b-lora-r64-adamw_torch_fused-b8-s4096-ckpt-dropout=0.05-chunked-fp32",
         "mistral-7b-qlora-r16-paged_adamw_8bit-b4-s1024-ckpt-accum=4-chunked-fp32",
     ],
-    "h100_speed_levers.jsonl": ["llama-3.1-8b-lora-adamw_torch_fused-b2s4096-nockpt-full"],
+    "h100_speed_levers.jsonl": [
+        "llama-3.1-8b-lora-adamw_torch_fused-b2s4096-nockpt-full",
+        "llama-3.1-8b-lora-adamw_torch_fused-b2s4096-ckpt-full-compile",
+    ],
 }
 
 
@@ -90,6 +93,16 @@ def test_offload_adds_what_crosses_the_bus() -> None:
     plain, offloaded = (time_of(LLAMA, make_strategy(activation_offload=on)) for on in (False, True))
     for name, one, other in zip(("forward", "backward"), plain.phases, offloaded.phases, strict=False):
         assert other.device_seconds > 1.1 * one.device_seconds, name
+
+
+def test_compiled_layers_move_fewer_bytes_and_compute_the_same() -> None:
+    eager, compiled = (make_strategy("full", compile=on) for on in (False, True))
+    assert count(LLAMA, compiled, "matrix") == count(LLAMA, eager, "matrix")
+    moved = {}
+    for strategy in (eager, compiled):
+        works = [work for _, work in list_works(trace(LLAMA, strategy)) if work.kind == "memory"]
+        moved[strategy.compile] = sum(work.times * work.bytes for work in works)
+    assert moved[True] < 0.75 * moved[False]
 
 
 def test_memory_and_time_come_from_one_trace() -> None:
