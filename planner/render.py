@@ -178,6 +178,8 @@ def _describe_beside(memory: Memory) -> Iterator[Text]:
             name = phase.name if phase.name in ("load", "evaluate", "save", "merge") else "step"
             hosts[name] = max(hosts.get(name, 0), phase.host_bytes)
     files = {phase.name: phase.disk_bytes for phase in memory.phases if phase.disk_bytes}
+    if memory.checkpoints:
+        yield Text(f"checkpoints: {memory.checkpoints} of {format_bytes(memory.checkpoint_bytes)} stay")
     for what, sizes in (("RAM", hosts), ("files", files)):
         if sizes:
             yield Text(f"{what} by phase: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items()))

@@ -83,6 +83,8 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
                 **arguments,
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if "Cannot allocate memory" in str(error):  # of a mapping of the file: no fault of the model
+            raise MemoryError(str(error)) from error
         raise ModelError(f"model.id: {folder}: transformers cannot load it: {error}") from error
     base, loaded = found
     check_loaded(folder, base, loaded)

@@ -35,7 +35,7 @@ class Progress:
     step:          optimizer steps done
     tokens:        tokens computed, padding excepted
     train_seconds: in training steps
-    first_loss, last_loss: of the first and the last training step
+    first_loss, last_loss: of the first and the last training step whose loss was finite
     skipped:       steps without an update: fp16 gradients that overflowed, or on_nonfinite = "skip"
     """
 
@@ -138,8 +138,9 @@ class TrainingLoop:
         progress = self.progress
         progress.step, progress.tokens = batch.step, progress.tokens + batch.tokens
         progress.train_seconds += seconds
-        progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
-        progress.last_loss = result.loss
+        if math.isfinite(result.loss):
+            progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
+            progress.last_loss = result.loss
         progress.skipped += not result.applied
 
     def _show(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..planner.plan import Plan
 from .monitor import Monitor
-from .nvml import Nvml, open_nvml
+from .nvml import Nvml, NvmlUnavailable, open_nvml
 from .report import MeasuredMemory, MeasuredPhase
 from .samples import MonitorEvent, MonitorSummary
 
@@ -23,6 +23,7 @@ class Meter:
     def __init__(self, path: Path, plan: Plan, device: torch.device, console: Console) -> None:
         opened = open_nvml() if device.type == "cuda" else None
         self._nvml = opened if isinstance(opened, Nvml) else None
+        self._reason = opened.reason if isinstance(opened, NvmlUnavailable) else None
         self._is_cuda, self._console = device.type == "cuda", console
         self._allocated: dict[str, int] = {}
         self._reserved_bytes = 0
@@ -40,6 +41,8 @@ class Meter:
 
     def __enter__(self) -> Self:
         self._monitor.start()
+        if self._reason is not None:
+            self._monitor.report("gpu_not_watched", f"the GPU is not watched: {self._reason}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

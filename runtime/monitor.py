@@ -118,7 +118,7 @@ class Monitor:
         try:
             self._file = self._path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
-            self._report("samples_not_written", f"{self._path} cannot be written: {error}")
+            self.report("samples_not_written", f"{self._path} cannot be written: {error}")
         self._take_sample_safely()
         self._thread.start()
 
@@ -177,7 +177,7 @@ class Monitor:
             self._take_sample()
         except Exception as error:
             self._stopping.set()
-            self._report("monitor_failed", f"no more samples are taken: {error!r}")
+            self.report("monitor_failed", f"no more samples are taken: {error!r}")
 
     def _take_sample(self) -> None:
         with self._lock:
@@ -211,7 +211,7 @@ class Monitor:
             return self._nvml.sample(self._gpu_index, os.getpid())
         except GpuLostError as error:
             self._nvml = None
-            self._report("gpu_lost", f"{error}; the host is still monitored")
+            self.report("gpu_lost", f"{error}; the host is still monitored")
             return None
 
     def _check_limit(self) -> None:
@@ -222,7 +222,7 @@ class Monitor:
         what = "device memory" if self._has_gpu else "resident memory"
         with self._lock:
             phase = self._tally.find_peak_phase(of_device=self._has_gpu) or self._phase
-        self._report(
+        self.report(
             "memory_over_plan",
             f"{what} reached {format_bytes(measured_bytes)} in phase {phase}; the plan says "
             f"{format_bytes(planned_bytes)}, {format_bytes(measured_bytes - planned_bytes)} less",
@@ -238,7 +238,8 @@ class Monitor:
     def _elapsed(self) -> float:
         return time.monotonic() - self._start_time
 
-    def _report(self, kind: EventKind, message: str, **figures: int) -> None:
+    def report(self, kind: EventKind, message: str, **figures: int) -> None:
+        """Take down an event, and tell of it."""
         event = MonitorEvent(kind=kind, seconds=self._elapsed(), message=message, **figures)
         with self._lock:
             self._events.append(event)
@@ -248,7 +249,7 @@ class Monitor:
                 self._on_event(event)
             except Exception as error:
                 self._on_event = None
-                self._report("monitor_failed", f"on_event failed and is not called again: {error!r}")
+                self.report("monitor_failed", f"on_event failed and is not called again: {error!r}")
 
     def _write_sample(self, sample: Sample) -> None:
         pause_seconds = 0.0 if sample.seconds < DENSE_SECONDS else SPARSE_INTERVAL_SECONDS
@@ -265,7 +266,7 @@ class Monitor:
             self._file.write(json.dumps(row) + "\n")
         except OSError as error:
             self._close_file()
-            self._report("samples_not_written", f"{self._path}: samples are no longer written: {error}")
+            self.report("samples_not_written", f"{self._path}: samples are no longer written: {error}")
 
     def _close_file(self) -> None:
         if self._file is not None:

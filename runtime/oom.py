@@ -82,4 +82,5 @@ def _find_available(plan: Plan) -> int:
         own = int(psutil.Process().memory_info().rss)
         return min(plan.memory.budget_bytes, probe_host_memory().available_bytes + own)
     free, _ = torch.cuda.mem_get_info()
-    return min(plan.memory.budget_bytes, free + torch.cuda.memory_reserved())
+    beside_bytes = plan.memory.peak_device_bytes - (plan.memory.peak_reserved_bytes or 0)
+    return min(plan.memory.budget_bytes, free + torch.cuda.memory_reserved() + beside_bytes)

@@ -193,7 +193,9 @@ def load_record(run: Path) -> RunRecord | None:
     except ValidationError as error:
         first: Any = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
-        raise RunError(f"{run / RECORD_NAME}: damaged: {where}{first['msg']}") from error
+        raise RunError(
+            f"{run / RECORD_NAME}: damaged: {where}{first['msg']}: name another output.dir, or remove it"
+        ) from error
 
 
 def is_unfinished(run: Path) -> bool:

@@ -12,6 +12,7 @@ adapter/ or model/, merged/   what was trained
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -36,14 +37,14 @@ SCRATCH_PREFIX = ".writing-"
 
 
 def find_disk_error(error: BaseException) -> str | None:
-    """Why a file cannot be written, such as `No space left on device`; None for an error of another kind.
+    """Why a file cannot be written, such as `No space left on device`; None for another error, as for want of memory.
 
     Libraries in Rust (safetensors, tokenizers) put the system's error into the text of one of their own.
     """
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        return None if error.errno == errno.ENOMEM else error.strerror or str(error)
     found = re.search(r"([^:]*\S) \(os error \d+\)", str(error))
-    return None if found is None else found[1].strip()
+    return None if found is None or "(os error 12)" in str(error) else found[1].strip()
 
 
 @contextmanager
@@ -103,6 +104,14 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_vacant(path: Path) -> None:
+    """RunError where a directory holds anything that a new run would mix its files with."""
+    left = sorted(one.name for one in path.iterdir() if one.name != ".lock") if path.is_dir() else []
+    if left:
+        what = "a finished run" if REPORT_NAME in left else "files of something else or of an unfinished run"
+        raise RunError(f"output.dir: {path} holds {what} ({', '.join(left[:3])}): name another or remove it")
+
+
 class RunDirectory:
     """A directory that one run owns; a context manager that holds its lock.
 
@@ -126,7 +135,8 @@ class RunDirectory:
         except OSError as error:
             raise DiskError(f"output.dir: {self.path} cannot be written: {error.strerror or error}") from error
         try:
-            self._check_content()
+            if not self.resume:
+                check_vacant(self.path)
             with name_disk_errors(self.path):
                 (self.path / ".lock").write_text(str(os.getpid()))
             self._sweep()
@@ -140,12 +150,6 @@ class RunDirectory:
         for one in self.path.iterdir():
             if one.is_symlink():
                 raise RunError(f"output.dir: {one} is a link: a run writes into its own directory only; remove it")
-
-    def _check_content(self) -> None:
-        left = sorted(one.name for one in self.path.iterdir() if one.name != ".lock")
-        if left and not self.resume:
-            what = "a finished run" if REPORT_NAME in left else "files of something else or of an unfinished run"
-            raise RunError(f"output.dir: {self.path} holds {what} ({', '.join(left[:3])}): name another or remove it")
 
     def _sweep(self) -> None:
         """Remove what a run that was killed was writing."""

@@ -18,7 +18,7 @@ from .devices import check_runs_here
 from .planning import Job, check_data_fits_plan, load_plan, reopen_plan
 from .preflight import refuse_problems
 from .report import Status, render_report
-from .rundir import PLAN_NAME
+from .rundir import PLAN_NAME, check_vacant
 
 EXIT_CODES: dict[Status, int] = {"finished": 0, "out_of_time": 0, "interrupted": 130, "terminated": 143}
 
@@ -45,6 +45,8 @@ def run_recipe(path: str, overrides: Sequence[str], console: Console, options: R
     started, options = time.time(), options or RunOptions()
     job, plan = _open_job(path, overrides, console)
     run_path, is_unfinished = find_run_path(job, started, options)
+    if not is_unfinished and job.recipe_file.recipe.output.dir is None and list_unfinished(job.recipe_file.name):
+        console.print(Text.assemble(("note: ", "yellow"), "an unfinished run is in runs/: --resume goes on with it"))
     with console.status("reading the data and the tokenizer"):
         refuse_problems(job.data_report)
     if is_unfinished:
@@ -103,17 +105,23 @@ def find_run_path(job: Job, now: float, options: RunOptions) -> tuple[Path, bool
         path = job.recipe_file.resolve(written)
         if options.goes_on and not is_unfinished(path):
             raise RunError(f"output.dir: {path} holds no unfinished run: leave --resume and --replan out")
+        if not is_unfinished(path):
+            check_vacant(path)
         return path, is_unfinished(path)
     if not options.goes_on:
         return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}", False
-    unfinished = [one for one in sorted(Path("runs").glob("*-*-*")) if _is_run_of(one, name) and is_unfinished(one)]
+    unfinished = list_unfinished(name)
     if not unfinished:
         raise RunError(f"runs/{name}-*: none of these is an unfinished run: leave --resume and --replan out")
     return unfinished[-1], True
 
 
-def _is_run_of(path: Path, name: str) -> bool:
-    return path.name[:-16] == name
+def list_unfinished(name: str) -> list[Path]:
+    """The unfinished runs of a recipe in the folder runs, by the time of their start."""
+    from .run_record import is_unfinished
+
+    started = len("-20260301-140509")
+    return [one for one in sorted(Path("runs").glob("*-*-*")) if one.name[:-started] == name and is_unfinished(one)]
 
 
 def _find_plan_to_go_on(job: Job, given: Plan | None, run_path: Path, options: RunOptions, console: Console) -> Plan:

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 from .nvml import GpuSample
 
 Number = TypeVar("Number", int, float)
-EventKind = Literal["memory_over_plan", "gpu_lost", "samples_not_written", "monitor_failed"]
+EventKind = Literal["memory_over_plan", "gpu_lost", "gpu_not_watched", "samples_not_written", "monitor_failed"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ class Run:
         with Meter(self.directory.path / SAMPLES_NAME, self.plan, self.device, self.console) as meter:
             try:
                 return self._execute(meter)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (torch.OutOfMemoryError, MemoryError, OSError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(self._explain_out_of_memory(meter, error)) from error

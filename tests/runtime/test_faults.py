@@ -383,3 +383,29 @@ def test_a_gpu_lost_in_mid_run_is_an_event_and_the_training_goes_on(
     assert report["status"] == "finished" and report["speed"]["steps"] == 6
     assert [event["kind"] for event in report["events"]] == ["gpu_lost"]
     record_property("faults", 1)
+
+
+def test_a_gpu_without_nvml_is_an_event_and_no_error(
+    llama: Path, tmp_path: Path, run_on_fake_gpus: Any, record_property: Record
+) -> None:
+    """The driver's library is there and does not start, as with a kernel module of another version."""
+    recipe = write_recipe(tmp_path / "run", llama)
+    shown = run_on_fake_gpus(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        from rich.console import Console
+        from small_runs import plan_recipe
+        from fitune.runtime.meter import Meter
+
+        _, plan = plan_recipe(Path({str(recipe)!r}))
+        console = Console(record=True, quiet=True)
+        meter = Meter(Path("samples.jsonl"), plan, torch.device("cuda"), console)
+        meter.__enter__()
+        show([event.message for event in meter.summary.events])
+        """,
+        init_error=18,
+    )
+    assert shown == ["the GPU is not watched: the NVIDIA kernel module and the driver's library differ in version"]
+    record_property("faults", 1)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport, render_report
 from fitune.runtime.run_record import BLOCKS, make_record
 from fitune.runtime.rundir import RunDirectory
+from fitune.runtime.running import RunOptions, find_run_path
 from fitune.runtime.step import training_step
 from fitune.runtime.train import run_job
 
@@ -412,3 +414,40 @@ def test_nothing_of_a_checkpoint_is_a_pickle(broken: Path) -> None:
     assert {one.suffix for one in files} <= {".safetensors", ".json", ".jinja", ".md"}
     manifest = json.loads((broken.parent / "run/checkpoints/step-000004/manifest.json").read_text())
     assert set(manifest["files"]) >= {"model.safetensors", "training_state.safetensors", "training_state.json"}
+
+
+def test_without_an_output_dir_the_last_unfinished_run_of_the_recipe_goes_on(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Break
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, llama, output={"dir": None, "save_every": 2})
+    job, plan = plan_recipe(recipe)
+    first, _ = find_run_path(job, 1e9, RunOptions())
+    with pytest.raises(RunError, match=r"runs/recipe-\*: none of these is an unfinished run"):
+        find_run_path(job, 1e9, RunOptions(resume=True))
+    for path in (first, Path("runs/other-20300101-000000")):
+        kill_at(4)
+        with pytest.raises(Killed):
+            run_job(job, plan, path, Console(file=io.StringIO()))
+    assert find_run_path(job, 2e9, RunOptions(resume=True)) == (first, True)
+    assert find_run_path(job, 2e9, RunOptions())[1] is False
+    assert run_job(job, plan, first, Console(file=io.StringIO()), resume=True).resumed_from == (2,)
+    with pytest.raises(RunError, match="none of these is an unfinished run"):
+        find_run_path(job, 2e9, RunOptions(replan=True))
+
+
+def test_a_run_whose_last_loss_is_not_finite_has_a_report(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        result = training_step(*arguments, **options)
+        return replace(result, loss=float("nan"), applied=False) if len(calls) in (1, 6) else result
+
+    calls: list[int] = []
+    monkeypatch.setattr("fitune.runtime.loop.training_step", poison)
+    recipe = write_recipe(tmp_path, llama, train={"on_nonfinite": "skip"}, output={"dir": "run", "save_every": 1})
+    report = execute(recipe)
+    losses = read_losses(tmp_path / "run")
+    assert (losses[0], losses[5]) == (None, None)
+    assert (report.loss.first, report.loss.last, report.skipped_steps) == (losses[1], losses[4], 2)
