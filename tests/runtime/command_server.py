@@ -21,6 +21,7 @@ from fitune.runtime import chat, replanning, train
 from fitune.runtime.cli import main
 
 def serve(request):
+    open(request["output"], "w").close()
     pid = os.fork()
     if pid:
         return pid

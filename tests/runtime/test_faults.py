@@ -112,7 +112,9 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "status"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "status"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(
     llama: Path, tmp_path: Path, commands: CommandServer, number: int, code: int, status: str, record_property: Record
@@ -140,7 +142,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(
     record_property("lost_steps", report["lost_steps"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_a_run_at_once_and_leaves_it_to_be_resumed(
     llama: Path, tmp_path: Path, commands: CommandServer, number: int, record_property: Record
 ) -> None:

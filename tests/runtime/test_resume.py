@@ -254,6 +254,7 @@ def damage_link(folder: Path) -> None:
         (damage_pickle, r"optimizer\.pt is not in its manifest"),
         (damage_link, r"config\.json is a link"),
     ],
+    ids=["cut", "a bit", "manifest", "missing file", "pickle", "link"],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
     broken: Path, damage: Callable[[Path], None], reason: str, record_property: Record
