@@ -217,7 +217,7 @@ def make_speed(
     total = None if steps is None else startup_seconds + steps * time.seconds
     watts = _estimate_watts(time, device.rates)
     joules = None if watts is None else watts * time.seconds
-    busy = sum(phase.device_seconds >= phase.host_seconds for phase in time.phases if phase.name in MICRO_BATCH_PHASES)
+    waits = sum(phase.host_seconds - phase.device_seconds for phase in time.phases if phase.name in MICRO_BATCH_PHASES)
     return Speed(
         tokens_per_second=time.tokens / time.seconds,
         step_seconds=time.seconds,
@@ -227,7 +227,7 @@ def make_speed(
         joules_per_1000_tokens=None if joules is None else 1000 * joules / time.tokens,
         energy_kwh=None if joules is None or steps is None else steps * joules / JOULES_PER_KWH,
         cost=None if total is None or price_per_hour is None else total / 3600 * price_per_hour,
-        limit="device" if busy else "host",
+        limit="host" if waits > 0 else "device",
         phases=time.phases,
         estimator=time.estimator,
     )

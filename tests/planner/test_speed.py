@@ -220,3 +220,14 @@ def test_no_micro_batch_is_padded_beyond_the_longest_row(tokens: list[int], micr
     widths = estimate_widths(sorted(tokens), strategy, longest=max(tokens))
     assert widths == sorted(widths, reverse=True)
     assert all(0 < width <= max(tokens) for width in widths)
+
+
+def test_a_plan_names_what_its_steps_wait_for() -> None:
+    limits = {}
+    for length in (128, 4096):
+        tables = {"method": {"kind": "lora"}, "data": {"train": "x", "max_length": length}}
+        fixed = {"train": {"micro_batch_size": 1, "compile": False, "gradient_checkpointing": False}}
+        speed = plan_for({**tables, **fixed}, H100).speed
+        assert speed is not None
+        limits[length] = speed.limit
+    assert limits == {128: "host", 4096: "device"}

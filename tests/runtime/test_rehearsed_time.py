@@ -16,7 +16,14 @@ from fitune.planner.speed import StepTime
 from fitune.planner.step_cost import estimate_model_flops
 from fitune.planner.strategy import Strategy
 from fitune.runtime.accuracy import load_rows, make_device
-from fitune.runtime.accuracy_speed import TimedRow, render_host_cost, render_speed_summary, render_speed_table, time_row
+from fitune.runtime.accuracy_speed import (
+    TimedRow,
+    is_planned,
+    render_host_cost,
+    render_speed_summary,
+    render_speed_table,
+    time_row,
+)
 from fitune.runtime.rehearsal import Rehearsal
 from fitune.runtime.rehearse_time import list_works, time_step
 
@@ -144,3 +151,23 @@ def test_the_table_of_times_names_every_row_and_what_it_waits_for(timed: list[Ti
     assert {line.split()[-1] for line in lines} == {"device", "host"}
     assert [line.split()[0] for line in render_speed_summary(timed)] == ["all", "all", "device", "device"]
     assert next(iter(render_host_cost(timed))).startswith("of all rows              1 rows wait for the host")
+
+
+def test_the_page_of_times_shows_every_row_and_sums_them_up() -> None:
+    page = (DATA.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+    rows, summary = (
+        [line.strip("| ").split(" | ") for line in part.splitlines() if line[:2] == "| "]
+        for part in (page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0] for name in ("rows", "summary"))
+    )
+    errors = {row[0]: abs(float(row[3].rstrip(" %"))) for row in rows[1:]}
+    measured = [
+        row
+        for file in SAMPLE
+        for row, _ in load_rows(DATA / file, DATA / "architectures.json")
+        if is_planned(row) and row["measured"]["step_seconds"] > 0.5
+    ]
+    assert set(errors) == {row["id"] for row in measured}
+    (everything,) = (row for row in summary if row[:3] == ["all", str(len(errors)), "rehearsal"])
+    assert float(everything[3].rstrip(" %")) == pytest.approx(median(errors.values()), abs=0.06)
+    assert float(everything[5].rstrip(" %")) == max(errors.values())
+    assert float(everything[3].rstrip(" %")) <= 10, "what the time model promises"
