@@ -7,6 +7,7 @@ https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 
 MiB = 2**20
 
@@ -23,8 +24,30 @@ LARGE_REQUEST_BYTES = 10 * MiB
 LARGE_ROUND_BYTES = 2 * MiB
 """Segments of their own are rounded up to a multiple of this."""
 _SEGMENT_STRIDE = 1 << 44
-"""Apart enough for any two segments. New ones get lower addresses, as the driver gave them on the measured machine: of
-equally large free blocks the newest segment's is taken."""
+"""Apart enough for any two segments."""
+_ARENA_BYTES = 128 * MiB
+SegmentOrder = Callable[[int, int], int]
+"""From a segment's number, counted from 1, and its bytes to its place among all segments' addresses."""
+
+
+def newest_lowest(number: int, _: int) -> int:
+    """New segments below all others, as the driver gave them on the measured machine while none was given back."""
+    return -number
+
+
+def newest_highest(number: int, _: int) -> int:
+    """New segments above all others."""
+    return number
+
+
+def apart_by_size(number: int, length: int) -> int:
+    """New segments below 128 MiB above all others, larger ones below: as if the driver had an arena for each."""
+    return number if length < _ARENA_BYTES else -number
+
+
+SEGMENT_ORDERS: tuple[SegmentOrder, ...] = (newest_lowest, newest_highest, apart_by_size)
+"""Orders in which a driver may give out addresses, the measured machine's first. PyTorch takes of equally large free
+blocks the one at the lowest address, so the order decides how segments are cut up."""
 
 
 def round_request(size_bytes: int) -> int:
@@ -88,9 +111,12 @@ class CachingAllocator:
     limit_bytes: what the driver can give; where a segment would exceed it, unused segments are given back first.
                  A request that still exceeds it is granted all the same: the peak then says what would be needed.
     expandable:  one growing segment a pool (`expandable_segments:True`)
+    order:       the addresses that segments get
     """
 
-    def __init__(self, *, limit_bytes: int | None = None, expandable: bool = False) -> None:
+    def __init__(
+        self, *, limit_bytes: int | None = None, expandable: bool = False, order: SegmentOrder = newest_lowest
+    ) -> None:
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
@@ -98,6 +124,7 @@ class CachingAllocator:
         self.retries = 0
         self._limit_bytes = limit_bytes
         self._expandable = expandable
+        self._order = order
         self._small = _Pool(is_small=True)
         self._large = _Pool(is_small=False)
         self._segments = 0
@@ -183,7 +210,7 @@ class CachingAllocator:
         self._make_room(length)
         self._reserve(length)
         self._segments += 1
-        return Block(pool, -self._segments * _SEGMENT_STRIDE, length)
+        return Block(pool, self._order(self._segments, length) * _SEGMENT_STRIDE, length)
 
     def _grow(self, pool: _Pool, size: int) -> Block:
         """Map pages at the end of a pool's expandable segment so that its last block holds `size`."""

@@ -208,8 +208,7 @@ def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
     """peft's `target_modules` for the strategy's targets.
 
     "all-linear" becomes the names of the linear layers that the planner counts: peft's own also adapts a mixture's
-    fused experts, and rebuilds every expert's weight in each forward. An architecture that the planner has no closed
-    form for keeps peft's.
+    fused experts, and rebuilds every expert's weight in each forward, and routers that are linear layers by class.
     """
     targets = strategy.adapter_targets
     if isinstance(targets, tuple):
@@ -218,7 +217,28 @@ def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
     try:
         return list(make_shape(base.config.to_dict()).lora_target_names(targets))
     except ModelError:
-        return targets
+        head = base.get_output_embeddings()
+        return [name for name, module in base.named_modules() if is_adaptable(module) and module is not head]
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether an adapter can stand beside a module: a linear layer, its weight packed or not, that returns a tensor.
+
+    Some mixtures' routers are linear layers that return scores and choices (phimoe, llama4).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    plain = type(module).__module__.startswith("bitsandbytes.") or type(module) in (nn.Linear, Conv1D)
+    if plain or isinstance(module, Conv1D):
+        return True
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return isinstance(module(row), torch.Tensor)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def prepare_training(base: Any, strategy: Strategy) -> None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..planner.families import FAMILIES
 from ..planner.shape import BlockShape, LinearShape, ModelShape
 from ..recipes.errors import ModelError
-from .build import find_layers
+from .build import find_layers, is_adaptable
 from .quiet import quiet_libraries
 
 REQUIRED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_dim")
@@ -153,7 +153,7 @@ def _read_block(layer: nn.Module) -> BlockShape:
     """One decoder layer: its linear layers, 3-D expert weights, and the rest."""
     linears, seen = [], set()
     for path, module in layer.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and is_adaptable(module):
             parent, _, name = path.rpartition(".")
             inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
             linears.append(

@@ -38,6 +38,11 @@ HALF = (torch.bfloat16, torch.float16)
 FUSED_4BIT_ROWS = 32
 """Rows up to which bitsandbytes' fused 4-bit kernel runs whatever the weight's shape; beyond it depends on the card."""
 
+SORTED_EMBEDDING_TOKENS = 3072
+"""Up to so many tokens an embedding's gradient is summed without sorting them (Embedding.cu)."""
+EMBEDDING_INDEX_BUFFERS = 6
+"""Sorted and original indices, offsets of segments and of partial ones, and how many partial ones each has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CudaCard:
@@ -66,6 +71,8 @@ class CudaCard:
             return _dequantization(args[2], args[0])
         if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
             return flash_backward_temporaries(*args[1:3])
+        if func is torch.ops.aten.embedding_dense_backward.default:
+            return _embedding_temporaries(*args)
         return ()
 
 
@@ -85,6 +92,17 @@ def _dequantization(shape: Any, like: Tensor) -> tuple[int, ...]:
     elements = shape[0] * shape[1]
     constants = 4 * -(-elements // 64)
     return constants, constants, elements * like.element_size()
+
+
+def _embedding_temporaries(gradient: Tensor, indices: Tensor, *_: Any) -> tuple[int, ...]:
+    """Sorted indices, their segments and partial sums in fp32; few tokens go through a kernel without any.
+
+    aten/src/ATen/native/cuda: Embedding.cu, EmbeddingBackwardKernel.cu.
+    """
+    tokens = indices.numel()
+    if tokens <= SORTED_EMBEDDING_TOKENS:
+        return ()
+    return (*[8 * tokens] * EMBEDDING_INDEX_BUFFERS, 4 * tokens * gradient.shape[-1])
 
 
 class CudaFunctions(TorchFunctionMode):

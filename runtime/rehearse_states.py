@@ -23,6 +23,8 @@ def replay_weights(replay: Replay, model: RehearsalModel, strategy: Strategy) ->
 
     NF4 weights are quantised one at a time from a 16-bit one; a tied LM head is made and dropped.
     """
+    if strategy.double_quantization:
+        replay.allocate("table", CODE_BYTES, "weights")
     for number, spec in enumerate(model.weights):
         if spec.quantized:
             _replay_quantization(replay, ("weights", number), spec, strategy)
@@ -57,10 +59,8 @@ def _replay_quantization(replay: Replay, key: tuple[str, int], spec: TensorSpec,
     if strategy.double_quantization:
         replay.allocate((*key, "offset"), SCALAR_BYTES, "weights")
         replay.allocate("centred", 4 * blocks, "temporary")
-        replay.allocate("table", CODE_BYTES, "temporary")
         replay.allocate((*key, "absmax2"), 4 * -(-blocks // NF4_NESTED_BLOCK), "weights")
         replay.allocate((*key, "absmax8"), blocks, "weights")
-        replay.free("table")
         replay.allocate((*key, "code2"), CODE_BYTES, "weights")
         replay.free("centred")
         replay.free((*key, "absmax"))

@@ -14,12 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .rehearse_cost import Ledger
 
-WORKSPACES = (0, 1)
-"""Numbers of cuBLAS's workspaces: the main thread's, and that of autograd's, which has a handle of its own."""
+WORKSPACES = (0, 1, 2, 3)
+"""Numbers of the workspaces that stay: cuBLAS's of the main thread and of autograd's, which has a handle of its own,
+and cuBLASLt's of both."""
+LT_WORKSPACE_BYTES = 2**20
+"""cuBLASLt's workspace, which products with a bias use (CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE)."""
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
 """bitsandbytes' product with a packed weight."""
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
+_LAST_FIRST = frozenset({_aten.native_dropout.default})
+"""Operations whose CUDA kernels allocate their results from the last to the first: dropout its mask (Dropout.cu)."""
 
 
 @dataclass(kw_only=True)
@@ -68,8 +73,8 @@ class StorageWatch(TorchDispatchMode):
 
     def __init__(self, *, workspace_bytes: int, temporaries: Callable[[Any, Any], tuple[int, ...]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        sizes, components = [workspace_bytes] * len(WORKSPACES), ["temporary"] * len(WORKSPACES)
-        self.recording = Recording(sizes=sizes, components=components)
+        sizes = [workspace_bytes, workspace_bytes, LT_WORKSPACE_BYTES, LT_WORKSPACE_BYTES]
+        self.recording = Recording(sizes=sizes, components=["temporary"] * len(WORKSPACES))
         self.component = "weights"
         self.backward = False
         self._temporaries = temporaries
@@ -96,11 +101,12 @@ class StorageWatch(TorchDispatchMode):
         self.settle()
         held = [self.recording.allocate(size, "temporary") for size in self._temporaries(func, args)]
         result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, list | tuple) else (result,):
+        results = result if isinstance(result, list | tuple) else (result,)
+        for one in reversed(results) if func in _LAST_FIRST else results:
             if isinstance(one, FakeTensor):
                 self.see(one)
         if func in _MATRIX_PRODUCTS or func.name() == FUSED_4BIT:
-            self._hold_workspace()
+            self._hold_workspace(has_bias=_has_bias(func, args, kwargs or {}))
         self.ledger.note(func, args, kwargs, result)
         for number in held:
             self.recording.free(number)
@@ -108,11 +114,16 @@ class StorageWatch(TorchDispatchMode):
             self._note_sum(args[0], result)
         return result
 
-    def _hold_workspace(self) -> None:
-        """A thread's first matrix product allocates its workspace, after the result."""
-        if self.backward not in self._handles:
-            self._handles.add(self.backward)
-            self.recording.events.append(WORKSPACES[self.backward])
+    def _hold_workspace(self, *, has_bias: bool) -> None:
+        """A thread's first matrix product allocates its workspace, after the result, cuBLASLt's handle being cuBLAS's.
+
+        getCurrentCUDABlasLtHandle in CublasHandlePool.cpp.
+        """
+        needed = (self.backward, self.backward + 2) if has_bias else (self.backward,)
+        for number in needed:
+            if number not in self._handles:
+                self._handles.add(number)
+                self.recording.events.append(WORKSPACES[number])
 
     def enter(self, section: str, component: str) -> None:
         """From here on the step is in `section`, and new storages count as `component`."""
@@ -176,3 +187,10 @@ class StorageWatch(TorchDispatchMode):
                 del events[later], events[index]
                 made.number = old
                 return
+
+
+def _has_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a matrix product adds a vector, which cuBLASLt does on the way (useLtInterface in Blas.cpp)."""
+    if func is _aten.addmm.default:
+        return bool(args[0].dim() == 1)
+    return func.name() == FUSED_4BIT and kwargs.get("bias", args[6] if len(args) > 6 else None) is not None

@@ -2,10 +2,19 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.planner.allocator import CachingAllocator, round_request, segment_size
+from fitune.planner.allocator import (
+    CachingAllocator,
+    SegmentOrder,
+    apart_by_size,
+    newest_highest,
+    newest_lowest,
+    round_request,
+    segment_size,
+)
 
 MiB = 2**20
 sizes = st.integers(1, 64 * MiB)
@@ -65,6 +74,15 @@ def test_the_smallest_free_block_that_fits_is_taken() -> None:
     for block in blocks:
         allocator.free(block)
     assert allocator.allocate(39 * MiB + MiB // 2).address == blocks[1].address
+
+
+@pytest.mark.parametrize(("order", "taken"), [(newest_lowest, 2), (newest_highest, 0), (apart_by_size, 0)])
+def test_of_equally_large_free_blocks_the_lowest_address_is_taken(order: SegmentOrder, taken: int) -> None:
+    allocator = CachingAllocator(order=order)
+    blocks = [allocator.allocate(40 * MiB) for _ in range(3)]
+    for block in blocks:
+        allocator.free(block)
+    assert allocator.allocate(40 * MiB).address == blocks[taken].address
 
 
 def test_neighbours_merge_when_freed_so_that_a_larger_request_fits() -> None:

@@ -34,6 +34,7 @@ SAMPLE = [
     "llama-3.2-1b-full-bf16-adamw_torch_fused-b2-s2048-nockpt-full",
     "llama-3.2-1b-lora-r16-adamw_torch_fused-b4-s1024-nockpt-eager-chunked-fp32",
     "mistral-7b-qlora-r16-paged_adamw_8bit-b4-s1024-ckpt-accum=4-chunked-fp32",
+    "qwen3-1.7b-lora-r64-adamw_torch_fused-b8-s4096-ckpt-dropout=0.05-chunked-fp32",
     "opt-1.3b-qlora-r64-paged_adamw_32bit-b8-s1024-nockpt-dropout=0.05-qv-full-fp32",
     "pythia-1b-lora-r256-paged_adamw_8bit-b8-s512-nockpt-qv-chunked-bf16",
     "qwen2.5-1.5b-lora-r16-adamw_torch_fused-b4-s2048-ckpt-expandable=True-full-fp32",
@@ -84,6 +85,15 @@ def test_components_add_up_to_the_allocated_peak_to_the_byte(comparisons: list[C
 
 def test_the_sample_fits_into_what_is_required(comparisons: list[Comparison]) -> None:
     assert all(one.margin > 0 for one in comparisons)
+
+
+def test_a_run_that_depends_on_the_drivers_addresses_gets_more_room() -> None:
+    """The one measured run whose reserved memory is predicted 7 % too low."""
+    name = "mistral-7b-qlora-r4-adamw_bnb_8bit-b8-s4096-ckpt-chunked-bf16"
+    row, config = next((row, config) for row, config in load_rows(*MEASURED) if row["id"] == name)
+    compared = compare(row, config, make_device())
+    assert compared.error("device") < -0.06
+    assert 0 < compared.margin < 0.05
 
 
 def test_the_device_constant_of_other_models_serves_a_model_as_well_as_its_own(comparisons: list[Comparison]) -> None:
@@ -143,7 +153,5 @@ def test_all_measured_steps_are_met_as_published() -> None:
         spread = make_spread(row.error(figure) for row in rows)
         assert all(off <= most for off, most in zip(spread, bound, strict=True)), (figure, spread)
     assert all(row.predicted.peak_phase == row.measured_phase for row in rows)
-    assert median(row.margin for row in rows) <= 0.0305
-    assert [row.id for row in rows if row.margin < 0] == [
-        "mistral-7b-qlora-r4-adamw_bnb_8bit-b8-s4096-ckpt-chunked-bf16"
-    ]
+    assert median(row.margin for row in rows) <= 0.03
+    assert [row.id for row in rows if row.margin < 0] == []

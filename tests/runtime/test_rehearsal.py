@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from fitune.planner.shape import make_shape
 from fitune.planner.strategy import Device, DeviceConstant, Strategy
 from fitune.recipes.errors import ModelError
 from fitune.runtime.accuracy import compare, load_rows, make_device
-from fitune.runtime.rehearsal import Rehearsal, rehearse
+from fitune.runtime.rehearsal import Rehearsal, count_unsure, rehearse
 from fitune.runtime.rehearse_cuda import CudaCard
 from fitune.runtime.rehearse_trace import TracedStep, trace_step
+from fitune.runtime.rehearse_watch import WORKSPACES
 
 DATA = Path(__file__).parents[1] / "data"
+MiB = 2**20
 MEASURED = DATA / "h100_reference_step.jsonl", DATA / "architectures.json"
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -167,6 +169,54 @@ def test_dropout_keeps_a_mask_of_one_byte_an_element() -> None:
     inputs = 4 * 256 + 2 * 256 + 768
     kept = dropped.components.activations - plain.components.activations
     assert kept >= 9 * 2 * 256 * inputs
+
+
+def test_dropouts_mask_is_allocated_before_its_result() -> None:
+    """As CUDA's kernel does; the order decides how segments are cut up."""
+    mask, result = 2 * 256 * 256, 2 * 2 * 256 * 256
+    assert (mask, result) in pairwise(list_sizes(trace(LLAMA, make_strategy(adapter_dropout=0.1))))
+
+
+@pytest.mark.parametrize(("model_type", "workspaces"), [("llama", 0), ("qwen2", 2)])
+def test_products_with_a_bias_hold_a_workspace_of_their_own_in_each_thread(model_type: str, workspaces: int) -> None:
+    traced = trace({**LLAMA, "model_type": model_type}, make_strategy("full", checkpointed_layers=9))
+    events = [event for segment in traced.first for event in segment.events]
+    assert sum(traced.recording.sizes[event] == MiB for event in events if event in WORKSPACES) == workspaces
+
+
+@pytest.mark.parametrize(("length", "sums"), [(1024, 0), (1792, 1)])
+def test_an_embeddings_gradient_over_many_tokens_is_summed_in_fp32_first(length: int, sums: int) -> None:
+    traced = trace({**LLAMA, "num_hidden_layers": 2}, make_strategy("full"), length=length)
+    indices = 8 * 2 * length
+    last = list_sizes(traced)[-40:]
+    assert last.count(indices) == 6 * sums
+
+
+def test_strategies_that_differ_in_the_update_share_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategies = [
+        make_strategy(),
+        make_strategy(optimizer="paged_adamw_8bit"),
+        make_strategy(gradient_accumulation_steps=2),
+        make_strategy(gradient_accumulation_steps=8, optimizer="adafactor"),
+        make_strategy(micro_batch_size=1),
+    ]
+    alone = [predict(LLAMA, strategy) for strategy in strategies]
+    traced: list[Strategy] = []
+
+    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+        traced.append(strategy)
+        return trace_step(config, strategy, card, sequence_length=sequence_length)
+
+    monkeypatch.setattr("fitune.runtime.rehearsal.trace_step", count)
+    rehearsal = Rehearsal(LLAMA, make_shape(LLAMA), make_device(), sequence_length=256, merge=False)
+    assert [rehearsal.measure(strategy) for strategy in strategies] == alone
+    assert len(traced) == 3
+
+
+def test_what_the_addresses_may_change_is_required_twice() -> None:
+    assert count_unsure([100, 100, 100]) == 0
+    assert count_unsure([100, 90, 95]) == 10
+    assert count_unsure([100, 130, 90]) == 70
 
 
 def test_paged_states_of_large_tensors_are_beside_the_allocator() -> None:
