@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from .fields import Count, Methods, Prompt, Share, Size, Table, Targets, Text
+from .fields import MAX_COUNT, Count, Methods, Prompt, Share, Size, Table, Targets, Text
 from .units import parse_bytes
 
 
@@ -92,8 +92,8 @@ class DataTable(Table):
     """Form of the rows; auto: seen from the first row's keys."""
     columns: Columns | None = None
     """The names of the columns in the dataset, such as { prompt = "question", completion = "answer" }."""
-    max_length: Count = 2048
-    """Longest row in tokens."""
+    max_length: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 2048
+    """Longest row in tokens, 2 or more: a row's first token is not predicted, so that one alone teaches nothing."""
     overlong: Literal["truncate", "split", "drop"] = "truncate"
     """What becomes of a longer row: cut at the right; split, a conversation between its turns; or left out."""
     max_truncated: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..planner.candidates import choose_attention
 from ..planner.catalog import find_gpu
 from ..planner.clock import Clock
 from ..planner.files import FilesOf
@@ -140,12 +139,9 @@ class Job:
     def find_rehearsal(self, inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
 
-        It knows what CUDA allocates, so a plan for a CPU is made from closed forms; so is one for packed rows with a
-        mask, which it does not know, and one on a machine without torch.
+        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as is one on a machine without torch.
         """
-        recipe, device = self.recipe_file.recipe, inputs.device
-        is_masked = recipe.data.packing and choose_attention(recipe, device, self.shape, "bf16") != "varlen"
-        if device.kind == "cpu" or is_masked:
+        if inputs.device.kind == "cpu":
             return None, None
         try:
             from .rehearsal import Rehearsal

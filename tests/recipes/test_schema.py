@@ -158,6 +158,7 @@ def test_a_mixture_names_its_sources_with_weights() -> None:
             "train.micro_batch_size: 3 does not divide train.global_batch_size = 16; nearest",
         ),
         ("[train]\nmicro_batch_size = 32", "nearest that do is 16"),
+        ("max_length = 1", "data.max_length: 1 is not a whole number from 2 to 2147483647"),
         ("[train]\nseed = -1", "train.seed: -1 is not a whole number from 0 to 4294967295"),
         ("[train]\nlearning_rate = 0", 'train.learning_rate: 0 is not "auto" or a number above 0 and at most 1'),
         ("[train]\nlearning_rate = nan", 'train.learning_rate: nan is not "auto" or a number above 0 and at most 1'),

@@ -30,7 +30,7 @@ VALID: dict[str, list[Any]] = {
     "model.dtype": ["auto", "bf16", "fp16", "fp32"],
     "model.attention": ["sdpa", "eager", "flash_attention_2"],
     "data.train": ["rows.jsonl", [{"path": "a.jsonl", "weight": 2.0}]],
-    "data.max_length": [1, 64, 1000, 4096, 2**31 - 1],
+    "data.max_length": [2, 64, 1000, 4096, 2**31 - 1],
     "data.packing": [True, False],
     "method.kind": ["auto", "full", "lora", "qlora"],
     "method.prefer": [["lora"], ["qlora", "full"]],

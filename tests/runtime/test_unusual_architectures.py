@@ -112,10 +112,10 @@ def test_what_cannot_be_traced_is_an_error_that_names_it(model_type: str) -> Non
         rehearse(config, make_strategy(config, "full"), make_device(), sequence_length=32, merge=False)
 
 
-def plan_config(folder: Path, config: dict[str, Any], *, quick: bool = False) -> Plan:
+def plan_config(folder: Path, config: dict[str, Any], *overrides: str, quick: bool = False) -> Plan:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "recipe.toml").write_text(RECIPE)
-    return Job(str(folder / "recipe.toml")).make_plan(quick=quick)
+    return Job(str(folder / "recipe.toml"), overrides).make_plan(quick=quick)
 
 
 def margin_bytes(plan: Plan) -> int:
@@ -145,6 +145,14 @@ def test_a_known_architecture_that_cannot_be_traced_keeps_its_own_margin(
     assert margin_bytes(plan) == pytest.approx(0.15 * plan.memory.peak_device_bytes + 512 * MiB, abs=2)
     assert any("a margin of 15% and 512.0 MiB: the step could not be rehearsed" in text for text in plan.warnings)
     assert not any("could not be rehearsed" in text for text in exact.warnings)
+
+
+def test_packed_rows_are_rehearsed_with_the_mask_that_attention_gets(tmp_path: Path) -> None:
+    config = make_config("llama", {})
+    plain, packed = plan_config(tmp_path, config), plan_config(tmp_path, config, "data.packing=true")
+    assert packed.estimator == "rehearsal"
+    assert packed.strategy.packing
+    assert packed.memory.peak_allocated_bytes > plain.memory.peak_allocated_bytes
 
 
 def test_closed_forms_of_a_guessed_architecture_say_so_where_quick_is_asked_for(tmp_path: Path) -> None:
