@@ -139,7 +139,7 @@ class Job:
     def find_rehearsal(self, inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
 
-        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as is one on a machine without torch.
+        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as one without torch is.
         """
         if inputs.device.kind == "cpu":
             return None, None
