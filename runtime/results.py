@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ..planner.files import merged_dtype
 from ..planner.plan import Plan
 from .build import BuiltModel
@@ -14,7 +12,7 @@ from .host import WEIGHT_BLOCK_BYTES, keep_heap_tight
 from .planning import Job
 from .redaction import redact
 from .rundir import RunDirectory
-from .save import free_memory, make_card, save_merged, save_trained
+from .save import make_card, save_merged, save_trained
 
 
 class Results:
@@ -37,9 +35,8 @@ class Results:
         save_trained(self._directory, name, built.model, self._job.data.tokenizer, self.make_card(loss))
         return {name: name}
 
-    def merge(self, adapter: str, device: torch.device) -> dict[str, str]:
+    def merge(self, adapter: str) -> dict[str, str]:
         """Merge the saved adapter into a fresh base; the trained model is gone by then."""
-        free_memory(device)
         keep_heap_tight(WEIGHT_BLOCK_BYTES)
         save_merged(
             self._directory,

@@ -158,8 +158,9 @@ class Run:
         del built
         if self.recipe.output.merge and "adapter" in output and status not in STOPPED:
             self.accelerator.free_memory()
+            free_memory(self.device)
             meter.enter("merge")
-            output |= self.results.merge(output["adapter"], self.device)
+            output |= self.results.merge(output["adapter"])
         meter.stop()
         self.tracker.flush()
         sample = make_sample(self.judge.question, self.history.answer_before, answer_after)
