@@ -24,7 +24,7 @@ RECORD_NAME = "run.json"
 BLOCKS = 256
 """Digests of a dataset, each of as many rows: enough to say about where two differ."""
 ENDS = ("finished",)
-MAY_CHANGE = {"budget.max_hours"}
+MAY_CHANGE = {"budget.max_hours", "budget.price_per_hour"}
 """Keys of the recipe that a run that is resumed may have another value of."""
 REPLAN_MAY_CHANGE = {
     *MAY_CHANGE,

@@ -206,10 +206,11 @@ def test_another_template_is_refused_with_its_lines(llama: Path, tmp_path: Path,
 
 def test_more_hours_are_no_other_recipe(llama: Path, tmp_path: Path) -> None:
     tables: dict[str, Any] = {"train": {"max_steps": 30}, "output": {"dir": "run", "save_every": 100}}
-    recipe = write_recipe(tmp_path, llama, budget={"max_hours": 1e-9}, **tables)
-    assert execute(recipe).status == "out_of_time"
-    change_file(recipe, "max_hours = 1e-09", "max_hours = 1.0")
-    report = execute(recipe, resume=True)
+    recipe = write_recipe(tmp_path, llama, **tables)
+    job, plan = plan_recipe(recipe)
+    hurried, console = Job(str(recipe), ["budget.max_hours=1e-9"]), Console(file=io.StringIO())
+    assert run_job(hurried, plan, tmp_path / "run", console).status == "out_of_time"
+    report = run_job(job, plan, tmp_path / "run", console, resume=True)
     assert (report.status, report.resumed_from, report.speed.steps) == ("finished", (1,), 30)
 
 

@@ -200,12 +200,15 @@ def test_a_run_that_diverges_keeps_its_metrics_and_no_weights(llama: Path, tmp_p
 
 
 def test_a_run_out_of_time_stops_and_saves(llama: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, llama, train={"max_steps": 100_000}, budget={"max_hours": 1e-4})
-    run, report = run_recipe_file(recipe)
+    """The plan expects less: one that is too slow for the hours does not run at all."""
+    recipe = write_recipe(tmp_path, llama, train={"max_steps": 100_000})
+    _, plan = plan_recipe(recipe)
+    hurried = Job(str(recipe), ["budget.max_hours=1e-4"])
+    report = run_job(hurried, plan, tmp_path / "run", Console(file=io.StringIO()))
     assert report.status == "out_of_time"
     assert 1 <= report.speed.steps < 1000
     assert report.loss.after is not None
-    assert (run / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_fp16_steps_that_overflow_are_skipped_counted_and_written_as_json(llama: Path, tmp_path: Path) -> None:
