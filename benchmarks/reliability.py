@@ -86,13 +86,14 @@ def _make_sentence(name: str) -> str:
 def render_page(cases: Sequence[Case]) -> str:
     """The page in Markdown."""
     faults, inputs = [one for one in cases if not one.inputs], [one for one in cases if one.inputs]
+    tried = len(faults) - _count(faults, "skipped")
     versions = ", ".join(f"{name} {version}" for name, version in find_versions().items())
     cpu = probe_cpu()
     lines = [
         INTRODUCTION,
         f"{time.strftime('%Y-%m-%d')}, {cpu.name}, {cpu.cores} cores; {versions}.",
         "",
-        f"{sum(one.faults for one in faults)} faults: {_count(faults, 'passed')} of {len(faults)} cases passed; "
+        f"{sum(one.faults for one in faults)} faults: {_count(faults, 'passed')} of {tried} cases passed; "
         f"{sum(one.lost_steps for one in faults)} steps were done twice, none was lost.",
         "",
         "| what happened, and what came of it | faults | steps done twice | |",
