@@ -10,10 +10,13 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..planner.catalog import find_model, list_models
 from ..planner.shape import find_untrainable_quantization
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+HUB_SECONDS = 2
+"""How long the hub's host may take to answer before the model is looked for in the local cache alone."""
 WEIGHT_FILES = ("*.safetensors",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 DOWNLOADED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
@@ -109,7 +114,12 @@ def _find_on_hub(table: ModelTable) -> ModelSource:
         )
     from huggingface_hub import hf_hub_download
 
-    path = _ask_hub(table.id, table.revision, lambda: hf_hub_download(table.id, "config.json", revision=table.revision))
+    local = not is_hub_reachable()
+    path = _ask_hub(
+        table.id,
+        table.revision,
+        lambda: hf_hub_download(table.id, "config.json", revision=table.revision, local_files_only=local),
+    )
     return ModelSource(
         id=table.id, kind="hub", config=read_config(Path(path)), hub_id=table.id, revision=table.revision
     )
@@ -236,6 +246,23 @@ def _check_disk(hub_id: str, needed_bytes: int) -> None:
             f"model.id: {hub_id}: its weights are {format_bytes(needed_bytes)}, and {folder} has {format_bytes(free)} "
             "free; set HF_HOME to a larger disk"
         )
+
+
+def is_hub_reachable() -> bool:
+    """Whether the hub's host takes a connection; its library would try again and again for half a minute.
+
+    Behind a proxy only the library knows the way, so that it is asked.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    url = urlsplit(ENDPOINT)
+    if getproxies().keys() & {url.scheme, "all"}:
+        return True
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), HUB_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def _ask_hub(hub_id: str, revision: str | None, question: Callable[[], T]) -> T:

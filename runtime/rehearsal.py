@@ -26,7 +26,7 @@ from .rehearse_trace import TracedStep, trace_step
 MiB = 2**20
 STEPS = 3
 """Steps replayed: the first makes the optimizer's states, the second runs with them, the third shows fragmentation."""
-MICRO_BATCHES = 4
+MICRO_BATCHES = 2
 """Micro-batches replayed of a step with more: the first makes gradients, all others are alike."""
 CONTEXT_BYTES = 751 * MiB
 """Device memory beside the allocator's on the measured stack: context, loaded kernels, cuBLAS's own (95 rows)."""
@@ -57,12 +57,19 @@ def rehearse(
 
 
 def _measure(traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool) -> Memory:
-    """The run as the measured driver gives out addresses; what is required, for other orders of them too."""
+    """The run as the measured driver gives out addresses; of one that fits, what other orders of them require too."""
     limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
-    orders = SEGMENT_ORDERS[:1] if strategy.expandable_segments else SEGMENT_ORDERS
-    replays = [replay_run(traced, strategy, limit_bytes=limit_bytes, order=order) for order in orders]
-    unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in replays])
-    return _summarise(replays[0], traced, strategy, device, quick, merge=merge, unsure_bytes=unsure_bytes)
+    replay = replay_run(traced, strategy, limit_bytes=limit_bytes)
+    memory = _summarise(replay, traced, strategy, device, quick, merge=merge)
+    if strategy.expandable_segments or memory.required_bytes > memory.budget_bytes:
+        return memory
+    others = [replay_run(traced, strategy, limit_bytes=limit_bytes, order=order) for order in SEGMENT_ORDERS[1:]]
+    unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in (replay, *others)])
+    return memory.model_copy(update={"required_bytes": _require(memory.peak_device_bytes + unsure_bytes)})
+
+
+def _require(device_bytes: int) -> int:
+    return int(device_bytes * (1 + DEVICE_MARGIN))
 
 
 def count_unsure(reserved_bytes: Sequence[int]) -> int:
@@ -184,14 +191,7 @@ def replay_run(
 
 
 def _summarise(
-    replay: Replay,
-    traced: TracedStep,
-    strategy: Strategy,
-    device: Device,
-    quick: Memory | None,
-    *,
-    merge: bool,
-    unsure_bytes: int,
+    replay: Replay, traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool
 ) -> Memory:
     """Load and step from the replay; evaluation, saving and merging, RAM and disk from the closed forms."""
     peak_phase = replay.highest(STEP_PHASES)
@@ -207,7 +207,7 @@ def _summarise(
         peak_reserved_bytes=reserved,
         managed_bytes=replay.managed_bytes,
         peak_device_bytes=device_bytes,
-        required_bytes=int((device_bytes + unsure_bytes) * (1 + DEVICE_MARGIN)),
+        required_bytes=_require(device_bytes),
         budget_bytes=device.budget_bytes,
         host_bytes=quick.host_bytes if quick else CUDA_HOST_BYTES + max(trained, merged),
         disk_bytes=quick.disk_bytes if quick else trained + merged,

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from fitune.runtime.models import (
     find_model_source,
     has_all_weights,
     has_local_tokenizer,
+    is_hub_reachable,
     load_tokenizer,
 )
 
@@ -332,3 +334,14 @@ def test_the_command_line_says_what_is_wrong_with_the_model_in_one_message(tmp_p
     assert done.returncode == 1
     assert "error: model.id: cheese/feta: HF_HUB_OFFLINE is set" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_hub_is_reachable_where_its_host_takes_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fitune.runtime.models.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        assert is_hub_reachable()
+    assert not is_hub_reachable()
+    monkeypatch.setattr("fitune.runtime.models.getproxies", lambda: {"http": "http://proxy"})
+    assert is_hub_reachable()
