@@ -1,8 +1,12 @@
-"""Settings of every test: hypothesis measures no time, which differs between machines."""
+"""Settings of every test: hypothesis measures no time, which differs between machines; a worker has one thread."""
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in commands
 
 settings.register_profile("fitune", deadline=None)
 settings.load_profile("fitune")

@@ -124,14 +124,17 @@ def test_checkpointed_layers_and_others_are_repeated_each(method: str, layers: i
     assert short.model.trainable == whole.model.trainable
 
 
-def test_each_layer_that_is_checkpointed_saves_as_much() -> None:
-    config = LLAMA | {"num_hidden_layers": 16}
+def test_each_layer_that_is_checkpointed_saves_about_as_much() -> None:
+    """About: a block of the allocator that is less than 1 MiB too large is not split, and counts as a whole."""
+    config, layers = LLAMA | {"num_hidden_layers": 16}, (0, 1, 5, 9)
     kept = [
-        predict(config, make_strategy(checkpointed_layers=layers), length=1024).components.activations
-        for layers in (0, 1, 5, 9)
+        predict(config, make_strategy(checkpointed_layers=one), length=1024).components.activations for one in layers
     ]
-    assert kept[0] - kept[1] > 2**20
-    assert kept[1] - kept[2] == kept[2] - kept[3] == 4 * (kept[0] - kept[1])
+    saved = [
+        (more - less) / (after - before) for (before, more), (after, less) in pairwise(zip(layers, kept, strict=True))
+    ]
+    assert min(saved) > 2**20
+    assert saved == pytest.approx([sum(saved) / len(saved)] * len(saved), rel=0.2)
 
 
 def test_layers_that_alternate_are_repeated_in_pairs() -> None:
