@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fitune.runtime.host import probe_cpu
+from fitune.runtime.machine.host import probe_cpu
 
 from .rows import write_mixed_rows
 
@@ -115,7 +115,7 @@ def run_mixed(steps: int, *, packing: bool) -> Steps:
 
 def iterate_global_batches(job: Any) -> Iterator[Any]:
     """The batches that `fitune run` trains on."""
-    from fitune.runtime.batches import iterate_batches
+    from fitune.runtime.data.batches import iterate_batches
 
     train = job.recipe_file.recipe.train
     return iterate_batches(
@@ -136,7 +136,7 @@ def run_trainer(steps: int) -> Steps:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from fitune.runtime.models import fetch_model
+    from fitune.runtime.model.models import fetch_model
     from fitune.runtime.planning import Job
 
     disable_progress_bar()

@@ -110,7 +110,7 @@ def write_model(name: str, folder: Path, *, smoke: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fitune.planner.catalog import find_model
-    from fitune.runtime.embedded import load_embedded_model
+    from fitune.runtime.model.embedded import load_embedded_model
 
     embedded = load_embedded_model()
     catalog = find_model(name)

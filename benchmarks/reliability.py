@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from fitune.runtime.host import probe_cpu
+from fitune.runtime.machine.host import probe_cpu
 from fitune.runtime.versions import find_versions
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from fitune.planner.memory import Estimator
-from fitune.runtime.accuracy import FIGURES, MiB, make_left_out, make_spread, render_phase
-from fitune.runtime.accuracy import Comparison as Row
+from fitune.runtime.rehearsal.accuracy import FIGURES, MiB, make_left_out, make_spread, render_phase
+from fitune.runtime.rehearsal.accuracy import Comparison as Row
 
 GiB = 2**30
 PANELS: Mapping[Estimator, str] = {"rehearsal": "rehearsal", "closed_forms": "closed forms (--quick)"}

@@ -21,7 +21,7 @@ from rich.console import Console
 from fitune.recipes import make_schema
 from fitune.recipes.make_spec import MakeSpec
 from fitune.recipes.schema import make_document_schema
-from fitune.runtime.embedded import cache_folder
+from fitune.runtime.model.embedded import cache_folder
 
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "recipes"
@@ -104,9 +104,9 @@ def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
 
 def make_images() -> None:
     """The pictures of the README: real output of real commands."""
-    from fitune.planner.explain import make_explanation, render_explanation
-    from fitune.planner.render import render_plan
-    from fitune.runtime.doctor import render_doctor, run_doctor
+    from fitune.planner.lecture.explain import make_explanation, render_explanation
+    from fitune.planner.show.plan import render_plan
+    from fitune.runtime.machine.doctor import render_doctor, run_doctor
     from fitune.runtime.planning import Job
     from fitune.runtime.report import load_report, render_report
     from fitune.runtime.running import run_recipe
@@ -140,7 +140,7 @@ def make_speed() -> None:
     from accuracy_page import fill_page
     from speed_page import make_speed_parts, make_speed_plot
 
-    from fitune.runtime.accuracy_speed import load_timed_rows
+    from fitune.runtime.rehearsal.accuracy_speed import load_timed_rows
 
     data, page = DOCS.parent / "tests" / "data", DOCS / "speed.md"
     architectures = data / "architectures.json"
@@ -154,7 +154,7 @@ def make_accuracy() -> None:
     """docs/accuracy.md's tables and its plot: every measured row beside what is predicted for it."""
     from accuracy_page import fill_page, make_parts, make_plot
 
-    from fitune.runtime.accuracy import load_comparisons
+    from fitune.runtime.rehearsal.accuracy import load_comparisons
 
     data, page = DOCS.parent / "tests" / "data", DOCS / "accuracy.md"
     rows = load_comparisons(data / "h100_reference_step.jsonl", data / "architectures.json")

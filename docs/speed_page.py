@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from accuracy_page import METHODS, PANELS, STYLE
 
 from fitune.planner.memory import Estimator
-from fitune.runtime.accuracy import make_spread
-from fitune.runtime.accuracy_speed import TimedRow, render_host_cost
+from fitune.runtime.rehearsal.accuracy import make_spread
+from fitune.runtime.rehearsal.accuracy_speed import TimedRow, render_host_cost
 
 LOWEST_SECONDS, HIGHEST_SECONDS = 0.1, 6.0
 TICKS_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5)

@@ -11,8 +11,8 @@ from .candidates import list_methods, list_strategies
 from .catalog import list_gpus
 from .estimate import estimate_memory
 from .memory import Memory
-from .reasons import METHOD_NAMES
 from .shape import ModelShape
+from .show.reasons import METHOD_NAMES
 from .speed import Speed
 from .strategy import DataFacts, Device, Method, Strategy
 from .versions import list_version_warnings

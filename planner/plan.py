@@ -21,9 +21,9 @@ from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
 from .memory import Estimator, Memory
-from .reasons import describe_lateness, describe_rejection, find_largest_term
 from .search import Candidate, Found, Measure, find_alike, list_budgets, search, walk_methods
 from .shape import ModelShape
+from .show.reasons import describe_lateness, describe_rejection, find_largest_term
 from .speed import Speed
 from .strategy import DataFacts, Device, Strategy, Value
 

@@ -13,14 +13,14 @@ from rich.text import Text
 from ..planner.plan import Plan
 from ..recipes.errors import FituneError, RunError
 from ..recipes.schema import ModelTable
-from .build import load_base
-from .encoding import Encoder
-from .models import fetch_model, find_model_source
+from .data.encoding import Encoder
+from .data.rows import Message
+from .data.tokens import find_stop_token_ids
+from .model.build import load_base
+from .model.models import fetch_model, find_model_source
 from .quiet import quiet_libraries
 from .report import load_report
-from .rows import Message
-from .step import autocast
-from .tokens import find_stop_token_ids
+from .training.step import autocast
 
 ANSWER_TOKENS = 512
 """Longest answer, in tokens."""

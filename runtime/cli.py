@@ -79,7 +79,7 @@ def plan(
         if output is not None or html is not None or (sweep and what_fits):
             raise click.UsageError("--sweep, --what-fits, and -o or --html exclude each other")
         sys.exit(show_view(recipes, overrides, sweep, console, as_json=as_json))
-    from ..planner.render import render_plan
+    from ..planner.show.plan import render_plan
     from .planning import Job
 
     if (output is not None or html is not None) and len(recipes) != 1:
@@ -95,7 +95,7 @@ def plan(
         if output is not None:
             _write_text(Path(output), made.model_dump_json(indent=2) + "\n")
         if html is not None:
-            from ..planner.html import render_page
+            from ..planner.show.page import render_page
 
             _write_text(Path(html), render_page(made))
         codes.append(0 if made.fits else EXIT_NOTHING_FITS)
@@ -163,8 +163,8 @@ def report(run_dir: Path, as_json: bool) -> None:
 @click.option("--show", is_flag=True, help="Show what is known, of every device.")
 def calibrate(run_dirs: tuple[Path, ...], measure: bool, show: bool) -> None:
     """Learn from finished runs of this machine what its devices take beside the tensors; later plans use it."""
-    from .calibrating import calibrate_gpu, calibrate_runs, probe_stacks, render_calibration
-    from .calibration import load_calibration
+    from .machine.calibrating import calibrate_gpu, calibrate_runs, probe_stacks, render_calibration
+    from .machine.calibration import load_calibration
 
     if not (run_dirs or measure or show):
         raise click.UsageError("give directories of finished runs, --measure or --show")
@@ -212,7 +212,7 @@ def chat(run_dir: Path, base: bool, question: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def doctor(as_json: bool) -> None:
     """Check this machine: versions, CUDA, bitsandbytes, memory, disk; and what to do about what is wrong."""
-    from .doctor import render_doctor, run_doctor
+    from .machine.doctor import render_doctor, run_doctor
 
     found = run_doctor()
     if as_json:
@@ -275,7 +275,7 @@ def schema() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def explain(size: str, as_json: bool) -> None:
     """Show the memory arithmetic for SIZE: 10B, 354.8M, or a catalog model such as gpt2-medium."""
-    from ..planner.explain import make_explanation, render_explanation
+    from ..planner.lecture.explain import make_explanation, render_explanation
 
     explanation = make_explanation(size)
     if as_json:

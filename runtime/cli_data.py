@@ -48,7 +48,7 @@ def data() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check the data of a recipe."""
-    from .data_view import render_data
+    from .data.view import render_data
     from .planning import Job
 
     try:
@@ -107,7 +107,7 @@ def make(
         "tokens_per_minute": tokens_per_minute,
         "concurrency": concurrency,
     }
-    from .making import run_make, show_dry_run
+    from .make.command import run_make, show_dry_run
 
     spec_file = load_spec(spec, limits)
     if dry_run:

@@ -19,12 +19,14 @@ from ..planner.shape import ModelShape, is_known_family, make_shape
 from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
-from .batches import padded_width
-from .cpu_rates import find_cpu_rates
-from .data import TokenizedData, tokenize_data
-from .data_report import DataReport, StreamFacts
-from .devices import probe_device
-from .models import (
+from .data.batches import padded_width
+from .data.preflight import check_data
+from .data.prepare import TokenizedData, tokenize_data
+from .data.report import DataReport, StreamFacts
+from .data.sources import LoadedRows, find_absent, load_rows
+from .machine.cpu_rates import find_cpu_rates
+from .machine.devices import probe_device
+from .model.models import (
     ModelSource,
     find_model_source,
     has_local_tokenizer,
@@ -32,8 +34,6 @@ from .models import (
     measure_stored_bytes,
     measure_tokenizer_bytes,
 )
-from .preflight import check_data
-from .sources import LoadedRows, find_absent, load_rows
 from .versions import find_versions
 
 STANDING_ROWS = 128
@@ -63,7 +63,7 @@ class Job:
         if is_known_family(self.source.config):
             return make_shape(self.source.config)
         try:
-            from .meta_shape import make_shape_of_model
+            from .model.meta_shape import make_shape_of_model
         except ImportError:
             return make_shape(self.source.config)
         return make_shape_of_model(self.source.config)
@@ -144,7 +144,7 @@ class Job:
         if inputs.device.kind == "cpu":
             return None, None
         try:
-            from .rehearsal import Rehearsal
+            from .rehearsal.measure import Rehearsal
         except ImportError:
             return None, None
         length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge
@@ -178,7 +178,7 @@ class Job:
     def files_of(self) -> FilesOf | None:
         """The weights that a run writes, to the byte; None on a machine without torch."""
         try:
-            from .files import make_files_of
+            from .model.files import make_files_of
         except ImportError:
             return None
         return make_files_of(self.source.config, merge=self.recipe_file.recipe.output.merge)

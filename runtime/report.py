@@ -16,16 +16,16 @@ from rich.text import Text
 
 from ..planner.files import LOG_BYTES
 from ..planner.plan import Plan
-from ..planner.reasons import describe_strategy
+from ..planner.show.reasons import describe_strategy
 from ..planner.speed import Speed as PlannedSpeed
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
 from ..recipes.units import format_bytes, format_seconds
-from .data_report import DataReport
-from .data_view import describe_data
-from .forgetting import Forgetting, render_forgetting
+from .data.report import DataReport
+from .data.view import describe_data
 from .rundir import PLAN_NAME, REPORT_NAME
 from .shown import show_text
+from .training.forgetting import Forgetting, render_forgetting
 
 Status = Literal["finished", "interrupted", "terminated", "out_of_time"]
 

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from ..recipes.errors import DiskError, RunError
 from ..recipes.units import format_bytes
-from .host import probe_free_disk_bytes
+from .machine.host import probe_free_disk_bytes
 
 REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"

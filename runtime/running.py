@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..planner.plan import Plan
-from ..planner.render import render_plan
+from ..planner.show.plan import render_plan
 from ..recipes.errors import PlanError, RunError
-from .devices import check_runs_here
+from .data.preflight import refuse_problems
+from .machine.devices import check_runs_here
 from .planning import Job, check_data_fits_plan, load_plan, reopen_plan
-from .preflight import refuse_problems
 from .report import Status, render_report
 from .rundir import PLAN_NAME, check_vacant
 
@@ -61,7 +61,7 @@ def run_recipe(path: str, overrides: Sequence[str], console: Console, options: R
     check_runs_here(plan.device, required_bytes=plan.memory.required_bytes)
     render_plan(plan, console)
     console.print()
-    from .train import run_job
+    from .training.train import run_job
 
     report = run_job(job, plan, run_path, console, resume=is_unfinished, replanned=options.replan)
     console.print()
@@ -98,7 +98,7 @@ def find_run_path(job: Job, now: float, options: RunOptions) -> tuple[Path, bool
     `output.dir`, else `runs/<recipe>-<time>` in the current folder: the last of these that is unfinished where one is
     to go on.
     """
-    from .run_record import is_unfinished
+    from .resume.run_record import is_unfinished
 
     written, name = job.recipe_file.recipe.output.dir, job.recipe_file.name
     if written is not None:
@@ -118,7 +118,7 @@ def find_run_path(job: Job, now: float, options: RunOptions) -> tuple[Path, bool
 
 def list_unfinished(name: str) -> list[Path]:
     """The unfinished runs of a recipe in the folder runs, by the time of their start."""
-    from .run_record import is_unfinished
+    from .resume.run_record import is_unfinished
 
     started = len("-20260301-140509")
     return [one for one in sorted(Path("runs").glob("*-*-*")) if one.name[:-started] == name and is_unfinished(one)]
@@ -126,9 +126,9 @@ def list_unfinished(name: str) -> list[Path]:
 
 def _find_plan_to_go_on(job: Job, given: Plan | None, run_path: Path, options: RunOptions, console: Console) -> Plan:
     """The plan that the run had, or with --replan another one; RunError where the run is not the same."""
-    from .replanning import make_new_plan
-    from .run_record import load_record, make_record
-    from .session import check_same
+    from .resume.replanning import make_new_plan
+    from .resume.run_record import load_record, make_record
+    from .resume.session import check_same
 
     record, old = load_record(run_path), load_plan(run_path / PLAN_NAME)
     if record is None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..planner.catalog import list_gpus
 from ..planner.plan import Plan, make_plan
-from ..planner.render_views import render_cards, render_grid, render_what_fits
+from ..planner.show.views import render_cards, render_grid, render_what_fits
 from ..planner.strategy import Device
 from ..planner.views import (
     Axis,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import RECIPE, TINY_LLAMA, Commands, Result, list_files, write_rows
 
-from fitune.runtime.devices import probe_gpus
+from fitune.runtime.machine.devices import probe_gpus
 
 Spoil = Callable[[Path], object]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import Commands
 
-from fitune.runtime.embedded import load_embedded_model
+from fitune.runtime.model.embedded import load_embedded_model
 
 RECIPE = """
 [model]

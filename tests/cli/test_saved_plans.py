@@ -17,7 +17,7 @@ from small_tokenizers import build_tokenizer
 
 from fitune.planner.plan import Plan
 from fitune.recipes.errors import PlanError
-from fitune.runtime.devices import probe_gpus
+from fitune.runtime.machine.devices import probe_gpus
 from fitune.runtime.planning import check_data_fits_plan, load_plan, reopen_plan
 
 Edit = Callable[[dict[str, Any]], None]

@@ -10,7 +10,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fitune.planner.explain import Explanation, make_explanation, render_explanation
+from fitune.planner.lecture.explain import Explanation, make_explanation, render_explanation
 
 
 def render(size: str, *, width: int = 100) -> str:
@@ -105,7 +105,8 @@ def test_an_explanation_survives_json() -> None:
 
 def test_an_explanation_needs_no_torch() -> None:
     code = (
-        "import sys; from fitune.planner.explain import make_explanation as m; m('10B'); print('torch' in sys.modules)"
+        "import sys; from fitune.planner.lecture.explain import make_explanation as m; m('10B'); "
+        "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from plans import CPU, GiB, make_gpu, plan_for
 from test_timeline import make_memory, make_step
 
-from fitune.planner.html import render_page
 from fitune.planner.plan import Plan
+from fitune.planner.show.page import render_page
 
 VOID = {"meta", "hr", "br", "input", "link", "img"}
 CLOSED_FORMS = plan_for({"model": {"id": "llama-3.1-8b"}}, make_gpu("RTX 4090"))

@@ -17,11 +17,11 @@ from fitune.planner.arithmetic import (
     estimate_weight_bytes,
 )
 from fitune.planner.catalog import CatalogModel, find_model, list_models
-from fitune.planner.lecture import Explanation, make_explanation
-from fitune.planner.lecture_adapters import count_square_adapter, format_as_printed
-from fitune.planner.lecture_memory import LargestBatch, estimate_full_cost, find_nearest_model
-from fitune.planner.lecture_nf4 import make_nf4_levels
-from fitune.planner.lecture_quantization import make_codes, make_scale
+from fitune.planner.lecture.adapters import count_square_adapter, format_as_printed
+from fitune.planner.lecture.arithmetic import Explanation, make_explanation
+from fitune.planner.lecture.memory import LargestBatch, estimate_full_cost, find_nearest_model
+from fitune.planner.lecture.nf4 import make_nf4_levels
+from fitune.planner.lecture.quantization import make_codes, make_scale
 from fitune.planner.shape import ModelShape, make_shape
 from fitune.planner.strategy import Dtype, Optimizer, Strategy
 from fitune.recipes.errors import ModelError

@@ -12,7 +12,7 @@ from plans import CPU, GiB, make_gpu, plan_for
 from rich.console import Console
 
 from fitune.planner.plan import Plan
-from fitune.planner.render import COMPONENT_WORDS, render_plan
+from fitune.planner.show.plan import COMPONENT_WORDS, render_plan
 from fitune.planner.strategy import DeviceConstant
 from fitune.recipes.units import format_bytes
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from fitune.planner.memory import Memory, Timeline, TimelinePoint
-from fitune.planner.render import render_plan
-from fitune.planner.render_timeline import COMPONENT_WORDS, render_timeline
+from fitune.planner.show.plan import render_plan
+from fitune.planner.show.timeline import COMPONENT_WORDS, render_timeline
 from fitune.planner.timeline import (
     COMPONENTS,
     POINTS,

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from fitune.planner.catalog import find_gpu, list_gpus, list_models
 from fitune.planner.plan import Plan, make_closed_form_measure, make_plan
-from fitune.planner.render_views import render_cards, render_grid, render_what_fits
 from fitune.planner.search import Measure
 from fitune.planner.shape import make_shape
+from fitune.planner.show.views import render_cards, render_grid, render_what_fits
 from fitune.planner.strategy import Device
 from fitune.planner.views import (
     Axis,

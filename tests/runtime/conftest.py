@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fitune.runtime.embedded import load_embedded_model
+from fitune.runtime.model.embedded import load_embedded_model
 
 RunOnFakeGpus = Callable[..., Any]
 

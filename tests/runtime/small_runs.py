@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from fitune.planner.plan import Plan
-from fitune.runtime.loop import TrainingLoop
 from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport
-from fitune.runtime.train import run_job
+from fitune.runtime.training.loop import TrainingLoop
+from fitune.runtime.training.train import run_job
 
 CHEESES = ("feta", "graviera", "manouri", "kasseri", "mizithra", "halloumi")
 TABLES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-from fitune.runtime.accuracy import (
+from fitune.runtime.rehearsal.accuracy import (
     FIGURES,
     Comparison,
     compare,

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fitune.planner.strategy import Strategy
-from fitune.runtime.accuracy import make_device
-from fitune.runtime.build import is_adaptable
-from fitune.runtime.meta_shape import make_shape_of_model
-from fitune.runtime.rehearsal import rehearse
+from fitune.runtime.model.build import is_adaptable
+from fitune.runtime.model.meta_shape import make_shape_of_model
+from fitune.runtime.rehearsal.accuracy import make_device
+from fitune.runtime.rehearsal.measure import rehearse
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,

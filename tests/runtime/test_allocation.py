@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fitune.runtime.allocation import use_expandable_segments
+from fitune.runtime.training.allocation import use_expandable_segments
 
 
 @pytest.fixture

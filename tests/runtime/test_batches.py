@@ -10,8 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitune.runtime.batches import count_steps, epoch_order, iterate_batches, iterate_eval_batches, make_micro_batch
-from fitune.runtime.tokens import TokenizedRow, TokenizedRows
+from fitune.runtime.data.batches import (
+    count_steps,
+    epoch_order,
+    iterate_batches,
+    iterate_eval_batches,
+    make_micro_batch,
+)
+from fitune.runtime.data.tokens import TokenizedRow, TokenizedRows
 
 PAD = 2
 

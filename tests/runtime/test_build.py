@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fitune.recipes.errors import ModelError
-from fitune.runtime.build import BuiltModel, build_model, find_layers
-from fitune.runtime.losses import check_loss_head, compute_loss
-from fitune.runtime.step import TORCH_DTYPES, autocast
+from fitune.runtime.model.build import BuiltModel, build_model, find_layers
+from fitune.runtime.training.losses import check_loss_head, compute_loss
+from fitune.runtime.training.step import TORCH_DTYPES, autocast
 
 CPU = torch.device("cpu")
 LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -19,13 +19,13 @@ from small_runs import plan_recipe, run_recipe_file, write_recipe
 from fitune.planner.catalog import find_gpu, find_model, make_catalog_device
 from fitune.planner.estimate import CUDA_CONTEXT_BYTES
 from fitune.planner.plan import Plan, PlanInputs, make_plan
-from fitune.planner.render import render_plan
 from fitune.planner.shape import make_shape
+from fitune.planner.show.plan import render_plan
 from fitune.planner.strategy import DataFacts
 from fitune.recipes.errors import FituneError, PlanError, RunError
 from fitune.recipes.load import recipe_from_resolved
-from fitune.runtime.calibrating import calibrate_runs, probe_stacks, run_measuring_set
-from fitune.runtime.calibration import (
+from fitune.runtime.machine.calibrating import calibrate_runs, probe_stacks, run_measuring_set
+from fitune.runtime.machine.calibration import (
     Calibration,
     RunConstant,
     Stack,
@@ -340,8 +340,8 @@ def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypat
 
 PROBE = """
     from fitune.recipes.schema import BudgetTable
-    from fitune.runtime.calibration import RunConstant, Stack, save_run_constants
-    from fitune.runtime.devices import probe_device
+    from fitune.runtime.machine.calibration import RunConstant, Stack, save_run_constants
+    from fitune.runtime.machine.devices import probe_device
     from fitune.runtime.versions import find_versions
     constant = RunConstant(run="run", started_unix_time=1.79e9, beside_bytes=700 * 2**20)
     save_run_constants(Stack.of("{name}", "{driver}", find_versions()), [constant])
@@ -372,7 +372,7 @@ def test_what_was_learnt_of_something_else_is_not_used(
 def test_without_a_gpu_measuring_is_refused_and_says_what_to_do(run_on_fake_gpus: Any) -> None:
     source = """
         from fitune.recipes.errors import DeviceError
-        from fitune.runtime.calibrating import calibrate_gpu
+        from fitune.runtime.machine.calibrating import calibrate_gpu
         try:
             calibrate_gpu()
         except DeviceError as error:

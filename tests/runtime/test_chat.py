@@ -14,7 +14,7 @@ from small_runs import run_recipe_file, write_recipe
 
 from fitune.recipes.errors import RunError
 from fitune.runtime.chat import ChatModel, run_chat
-from fitune.runtime.rows import Message
+from fitune.runtime.data.rows import Message
 
 QUESTION = "What is feta?"
 LEARNT = "A good cheese, my friend, feta it is."

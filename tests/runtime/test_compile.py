@@ -12,10 +12,10 @@ import torch
 from small_models import build_small_model, make_strategy, make_tokens, save_small_model
 from torch import Tensor, nn
 
-from fitune.runtime.build import BuiltModel, build_model
-from fitune.runtime.linear_4bit import PackedLinear4bit, make_compilable
-from fitune.runtime.losses import compute_loss
-from fitune.runtime.step import uncast_adapter_inputs, uncompiled
+from fitune.runtime.model.build import BuiltModel, build_model
+from fitune.runtime.model.linear_4bit import PackedLinear4bit, make_compilable
+from fitune.runtime.training.losses import compute_loss
+from fitune.runtime.training.step import uncast_adapter_inputs, uncompiled
 
 CPU = torch.device("cpu")
 ROWS, LENGTH = 3, 20
@@ -121,7 +121,7 @@ def test_the_packed_product_is_that_of_bitsandbytes(models: Path) -> None:
 
 
 def test_the_compiled_fused_head_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fitune.runtime import losses
+    from fitune.runtime.training import losses
 
     monkeypatch.setattr(losses, "CHUNK_ROWS", 16)
     compiled = torch.compile(losses._differentiate_chunk, backend="aot_eager")

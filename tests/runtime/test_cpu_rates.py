@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.runtime.cpu_rates import find_cpu_rates
+from fitune.runtime.machine.cpu_rates import find_cpu_rates
 
 
 def test_a_cpu_is_probed_once_and_then_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from small_tokenizers import CHATML, build_tokenizer
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataTable
-from fitune.runtime.batches import iterate_batches
-from fitune.runtime.data import TokenizedData, tokenize_data
-from fitune.runtime.sources import load_rows
+from fitune.runtime.data.batches import iterate_batches
+from fitune.runtime.data.prepare import TokenizedData, tokenize_data
+from fitune.runtime.data.sources import load_rows
 
 
 def write_texts(path: Path, *texts: str) -> None:

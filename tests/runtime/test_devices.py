@@ -16,7 +16,7 @@ MISMATCH = {"init_error": 18}
 PROBE = """
     from fitune.recipes.errors import DeviceError
     from fitune.recipes.schema import BudgetTable
-    from fitune.runtime.devices import probe_device
+    from fitune.runtime.machine.devices import probe_device
     try:
         show(probe_device(BudgetTable(**{budget}), disk_path=Path("runs/none")).model_dump())
     except DeviceError as error:
@@ -26,7 +26,7 @@ CHECK = """
     import sys, types
     from fitune.planner.strategy import Device
     from fitune.recipes.errors import DeviceError
-    from fitune.runtime.devices import check_runs_here
+    from fitune.runtime.machine.devices import check_runs_here
     device = Device(name="NVIDIA Fake 80GB", **{device})
     try:
         show(check_runs_here(device, required_bytes={required_bytes}))

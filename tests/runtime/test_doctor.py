@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fitune.runtime.doctor import Check, DoctorReport, render_doctor, run_doctor
+from fitune.runtime.machine.doctor import Check, DoctorReport, render_doctor, run_doctor
 
 RUN = """
-    from fitune.runtime.doctor import run_doctor
+    from fitune.runtime.machine.doctor import run_doctor
     report = run_doctor(runs_path=Path("{runs}"), timeout_seconds={timeout_seconds})
     show({{"healthy": report.healthy, "checks": {{check.name: check.model_dump() for check in report.checks}}}})
 """

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.runtime.duplicates import SimilarTexts, jaccard, make_shingles, normalise_text
+from fitune.runtime.make.duplicates import SimilarTexts, jaccard, make_shingles, normalise_text
 
 PAVLOS = Path(__file__).parents[2] / "recipes" / "data" / "pavlos"
 # A small alphabet and whole phrases, so that many texts are similar and some are equal.

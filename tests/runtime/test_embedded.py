@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fitune.planner.catalog import find_model
 from fitune.planner.shape import make_shape
 from fitune.recipes.errors import ModelError
-from fitune.runtime import embedded
-from fitune.runtime.embedded import (
+from fitune.runtime.model import embedded
+from fitune.runtime.model.embedded import (
     EMBEDDED_MODEL,
     GGUF_NAME,
     cache_folder,
@@ -26,7 +26,7 @@ from fitune.runtime.embedded import (
     load_embedded_model,
 )
 from fitune.runtime.planning import Job
-from fitune.runtime.train import run_job
+from fitune.runtime.training.train import run_job
 
 
 @pytest.fixture

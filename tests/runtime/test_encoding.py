@@ -12,8 +12,8 @@ from small_tokenizers import CHATML, MARKED, MARKED_WITHOUT_END, THINKS_LAST, bu
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from fitune.recipes.errors import DataError
-from fitune.runtime.encoding import Encoder
-from fitune.runtime.rows import Message, Row
+from fitune.runtime.data.encoding import Encoder
+from fitune.runtime.data.rows import Message, Row
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 CONTROL = re.compile(r"<[^<>\s'\"{}]{2,40}>|\[/?INST\]")

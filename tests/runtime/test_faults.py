@@ -20,7 +20,7 @@ from command_server import Command, CommandServer, count_steps_done, wait_for_st
 from small_models import save_small_model
 from small_runs import read_lines, read_losses, write_recipe
 
-from fitune.runtime.checkpoints import verify
+from fitune.runtime.resume.checkpoints import verify
 
 Record = Callable[[str, object], None]
 
@@ -353,9 +353,9 @@ def test_a_gpu_lost_in_mid_run_is_an_event_and_the_training_goes_on(
         f"""
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import fitune.runtime.meter as meter
-        from fitune.runtime.live import LiveLine
-        from fitune.runtime.monitor import Monitor
+        import fitune.runtime.training.meter as meter
+        from fitune.runtime.training.live import LiveLine
+        from fitune.runtime.machine.monitor import Monitor
         from small_runs import run_recipe_file
 
         class WatchingMeter(meter.Meter):
@@ -365,7 +365,7 @@ def test_a_gpu_lost_in_mid_run_is_an_event_and_the_training_goes_on(
                 self._nvml = meter.open_nvml()
                 self._monitor = Monitor(path, nvml=self._nvml, on_event=self._show_event, interval_seconds=0.001)
 
-        import fitune.runtime.train as train
+        import fitune.runtime.training.train as train
         train.Meter = WatchingMeter
         update = LiveLine.update
 
@@ -399,7 +399,7 @@ def test_a_gpu_without_nvml_is_an_event_and_no_error(
         import torch
         from rich.console import Console
         from small_runs import plan_recipe
-        from fitune.runtime.meter import Meter
+        from fitune.runtime.training.meter import Meter
 
         _, plan = plan_recipe(Path({str(recipe)!r}))
         console = Console(record=True, quiet=True)

@@ -13,10 +13,10 @@ from small_models import ARCHITECTURES, build_small_model, make_strategy
 from fitune.planner.files import StoredTensor, count_checkpoints, estimate_model_bytes, estimate_safetensors_bytes
 from fitune.planner.strategy import Dtype
 from fitune.recipes.schema import OutputTable
-from fitune.runtime.build import add_adapters
-from fitune.runtime.files import list_model_tensors, make_files_of, store_tensors
-from fitune.runtime.meta_shape import build_meta_model
-from fitune.runtime.step import TORCH_DTYPES
+from fitune.runtime.model.build import add_adapters
+from fitune.runtime.model.files import list_model_tensors, make_files_of, store_tensors
+from fitune.runtime.model.meta_shape import build_meta_model
+from fitune.runtime.training.step import TORCH_DTYPES
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(lambda name: name != "__metadata__")
 tensors = st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from(sorted(TORCH_DTYPES)))

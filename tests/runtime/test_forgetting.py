@@ -18,10 +18,10 @@ from small_runs import plan_recipe, read_lines, run_recipe_file, write_recipe
 from fitune.planner.plan import Plan
 from fitune.recipes.errors import DataError, RecipeError, RunError
 from fitune.recipes.load import load_recipe
-from fitune.runtime.forgetting import Forgetting
 from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
-from fitune.runtime.run_record import list_changes, make_record
+from fitune.runtime.resume.run_record import list_changes, make_record
+from fitune.runtime.training.forgetting import Forgetting
 
 OTHER = [{"text": f"The train to Volos leaves at {number} and it is late."} for number in range(4)]
 
@@ -175,6 +175,8 @@ def test_a_loss_of_the_other_task_that_is_not_finite_ends_the_run(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, llama)
-    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda built, rows, *more: math.nan if len(rows) == 4 else 1.0)
+    monkeypatch.setattr(
+        "fitune.runtime.training.judge.evaluate", lambda built, rows, *more: math.nan if len(rows) == 4 else 1.0
+    )
     with pytest.raises(RunError, match=r"the loss of data.forgetting is nan after 0 steps"):
         run_recipe_file(recipe)

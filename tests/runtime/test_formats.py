@@ -15,8 +15,8 @@ import pytest
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import Columns, DataSource, DataTable
-from fitune.runtime.rows import Message, Row
-from fitune.runtime.sources import LoadedRows, load_rows
+from fitune.runtime.data.rows import Message, Row
+from fitune.runtime.data.sources import LoadedRows, load_rows
 
 QUESTION, ANSWER = "What is feta?", "A cheese,\nmy friend: “opa”!"
 ROWS = [{"instruction": QUESTION, "output": ANSWER, "id": 7}, {"instruction": "007", "output": "NA", "id": 8}]

@@ -23,18 +23,18 @@ from rich.console import Console
 from small_models import save_small_model
 from small_runs import execute_until, plan_recipe, write_recipe
 
-from fitune.planner.render import render_plan
+from fitune.planner.show.plan import render_plan
 from fitune.recipes.errors import FituneError
 from fitune.recipes.load import load_recipe
 from fitune.recipes.schema import DataTable
-from fitune.runtime.build import build_model
-from fitune.runtime.checkpoint_content import list_weights, load_state, restore_training, restore_weights
-from fitune.runtime.checkpoints import Checkpoint, Manifest, StoredFile, compute_sha256, verify, walk
-from fitune.runtime.loop import Progress, TrainingLoop
+from fitune.runtime.data.sources import load_rows
+from fitune.runtime.model.build import build_model
 from fitune.runtime.planning import load_plan
 from fitune.runtime.report import load_report, render_report
-from fitune.runtime.run_record import is_unfinished, load_record
-from fitune.runtime.sources import load_rows
+from fitune.runtime.resume.checkpoints import Checkpoint, Manifest, StoredFile, compute_sha256, verify, walk
+from fitune.runtime.resume.content import list_weights, load_state, restore_training, restore_weights
+from fitune.runtime.resume.run_record import is_unfinished, load_record
+from fitune.runtime.training.loop import Progress, TrainingLoop
 
 EXAMPLES = 1000
 Record = Callable[[str, object], None]

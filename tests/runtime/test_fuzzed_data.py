@@ -25,13 +25,13 @@ from small_tokenizers import BOS_CHATML, CHATML, MARKED, THINKS_LAST, WITHOUT_EN
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataTable
-from fitune.runtime.batches import iterate_batches
-from fitune.runtime.data import TokenizedData, tokenize_data
-from fitune.runtime.data_report import DataReport
-from fitune.runtime.data_view import render_data
-from fitune.runtime.preflight import check_data, refuse_problems
-from fitune.runtime.sources import load_rows
-from fitune.runtime.streaming import StreamedRows
+from fitune.runtime.data.batches import iterate_batches
+from fitune.runtime.data.preflight import check_data, refuse_problems
+from fitune.runtime.data.prepare import TokenizedData, tokenize_data
+from fitune.runtime.data.report import DataReport
+from fitune.runtime.data.sources import load_rows
+from fitune.runtime.data.streaming import StreamedRows
+from fitune.runtime.data.view import render_data
 
 TOKENIZERS = {
     "chatml": build_tokenizer(CHATML),

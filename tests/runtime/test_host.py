@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.runtime.host import find_existing, has_nvidia_card, probe_cpu, probe_free_disk_bytes, probe_host_memory
+from fitune.runtime.machine.host import (
+    find_existing,
+    has_nvidia_card,
+    probe_cpu,
+    probe_free_disk_bytes,
+    probe_host_memory,
+)
 
 MIB = 2**20
 
@@ -94,7 +100,7 @@ def test_a_group_whose_path_lies_outside_the_container_counts_by_its_root(tmp_pa
 
 def test_the_shells_limit_on_the_address_space_counts() -> None:
     source = (
-        "import json, resource; from fitune.runtime.host import probe_host_memory;"
+        "import json, resource; from fitune.runtime.machine.host import probe_host_memory;"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); m = probe_host_memory();"
         "print(json.dumps([m.available_bytes, m.limited_by]))"
     )

@@ -8,8 +8,8 @@ from small_models import ARCHITECTURES, build_small_model, make_tokens
 from torch import Tensor, nn
 
 from fitune.recipes.errors import RunError
-from fitune.runtime import losses
-from fitune.runtime.losses import check_loss_head, compute_loss, make_logit_transform
+from fitune.runtime.training import losses
+from fitune.runtime.training.losses import check_loss_head, compute_loss, make_logit_transform
 
 HEADS = ("full", "chunked", "fused")
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from stub_endpoint import Reply, complete, fail, run_stub
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.make_spec import EndpointTable, MakeSpec, SpecFile
-from fitune.runtime.make_client import Answered, Client, Failed, Outcome, Refused, parse_retry_after, read_key
+from fitune.runtime.make.client import Answered, Client, Failed, Outcome, Refused, parse_retry_after, read_key
 
 KEY = "sk-0123456789abcdefghij"
 

@@ -14,10 +14,10 @@ from stub_endpoint import Reply, answer_well, complete, fail, make_pairs, run_st
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.make_spec import MakeSpec, SpecFile
-from fitune.runtime import make_limits
-from fitune.runtime.make_dataset import MakeReport, make_dataset
-from fitune.runtime.make_render import make_dry_run
-from fitune.runtime.sources import load_rows_from
+from fitune.runtime.data.sources import load_rows_from
+from fitune.runtime.make import limits as make_limits
+from fitune.runtime.make.dataset import MakeReport, make_dataset
+from fitune.runtime.make.render import make_dry_run
 
 PRICES = {"price_input": 10.0, "price_output": 20.0}
 
@@ -26,7 +26,7 @@ PRICES = {"price_input": 10.0, "price_output": 20.0}
 def without_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backoff of a twentieth of its length; no proxy between the test and its server."""
     choose = make_limits.choose_wait
-    monkeypatch.setattr("fitune.runtime.make_sender.choose_wait", lambda *given: choose(*given) / 20)
+    monkeypatch.setattr("fitune.runtime.make.sender.choose_wait", lambda *given: choose(*given) / 20)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -133,7 +133,7 @@ def test_what_fails_is_tried_again_until_all_rows_are_there(tmp_path: Path) -> N
 
 
 def test_retry_after_holds_for_all_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.runtime.make_sender.choose_wait", make_limits.choose_wait)
+    monkeypatch.setattr("fitune.runtime.make.sender.choose_wait", make_limits.choose_wait)
     with run_stub(lambda number, body: fail(429, Retry_After="1") if number < 3 else answer_well(number, body)) as stub:
         make(make_spec_file(tmp_path, stub.url))
     first, later = stub.received[2].at, stub.received[3].at

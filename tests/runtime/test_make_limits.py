@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.recipes.make_spec import MakeSpec
-from fitune.runtime.make_limits import Ledger, Pacer, choose_wait
-from fitune.runtime.make_prompts import Request, make_request
-from fitune.runtime.make_sources import Passage
+from fitune.runtime.make.limits import Ledger, Pacer, choose_wait
+from fitune.runtime.make.prompts import Request, make_request
+from fitune.runtime.make.sources import Passage
 
 
 def make_spec(**tables: Any) -> MakeSpec:

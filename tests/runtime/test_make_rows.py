@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.recipes.make_spec import MakeSpec
-from fitune.runtime.make_client import Answered
-from fitune.runtime.make_dataset import choose_held_out
-from fitune.runtime.make_prompts import make_request
-from fitune.runtime.make_rows import Harvest, MadeRow, Unusable, make_record, parse_answer
-from fitune.runtime.make_sources import Passage
-from fitune.runtime.sources import load_rows_from
+from fitune.runtime.data.sources import load_rows_from
+from fitune.runtime.make.client import Answered
+from fitune.runtime.make.dataset import choose_held_out
+from fitune.runtime.make.prompts import make_request
+from fitune.runtime.make.rows import Harvest, MadeRow, Unusable, make_record, parse_answer
+from fitune.runtime.make.sources import Passage
 
 PASSAGE = Passage(source="feta.md", text="Feta is white.", start=0, end=14)
 

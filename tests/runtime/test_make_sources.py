@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.make_spec import MakeSpec, SpecFile
-from fitune.runtime.make_sources import Passage, cut_text, load_passages
+from fitune.runtime.make.sources import Passage, cut_text, load_passages
 
 
 def make_spec_file(folder: Path, **source: object) -> SpecFile:

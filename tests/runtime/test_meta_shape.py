@@ -11,7 +11,7 @@ from fitune.planner.catalog import list_models
 from fitune.planner.families import FAMILIES
 from fitune.planner.shape import is_known_family, make_shape
 from fitune.recipes.errors import ModelError
-from fitune.runtime.meta_shape import make_shape_of_model
+from fitune.runtime.model.meta_shape import make_shape_of_model
 
 ONE_OF_EACH = {model.config["model_type"]: dict(model.config) for model in reversed(list_models())}
 

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.runtime.mixture import Part, count_draws, draw_epoch
+from fitune.runtime.data.mixture import Part, count_draws, draw_epoch
 
 WEIGHTED = st.lists(
     st.builds(lambda rows, weight: Part(name="a", rows=rows, weight=weight), st.integers(1, 60), st.floats(0.01, 50)),

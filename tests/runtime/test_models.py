@@ -18,8 +18,8 @@ from small_runs import write_recipe
 
 from fitune.recipes.errors import ModelError
 from fitune.recipes.schema import ModelTable
-from fitune.runtime.build import build_model
-from fitune.runtime.models import (
+from fitune.runtime.model.build import build_model
+from fitune.runtime.model.models import (
     ModelSource,
     fetch_model,
     find_model_source,
@@ -239,7 +239,7 @@ def ask(id: str, folder: Path, url: str, *, source: str = "fetch_model", **envir
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from fitune.recipes.errors import ModelError\nfrom fitune.recipes.schema import ModelTable\n"
-        f"from fitune.runtime.models import *\n"
+        f"from fitune.runtime.model.models import *\n"
         "try:\n"
         f"    print('FETCHED', {source}(find_model_source(ModelTable(**{{'id': sys.argv[1]}}), Path)))\n"
         "except ModelError as error:\n    print(error)\n"
@@ -337,11 +337,11 @@ def test_the_command_line_says_what_is_wrong_with_the_model_in_one_message(tmp_p
 
 
 def test_the_hub_is_reachable_where_its_host_takes_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.runtime.models.getproxies", dict)
+    monkeypatch.setattr("fitune.runtime.model.models.getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         assert is_hub_reachable()
     assert not is_hub_reachable()
-    monkeypatch.setattr("fitune.runtime.models.getproxies", lambda: {"http": "http://proxy"})
+    monkeypatch.setattr("fitune.runtime.model.models.getproxies", lambda: {"http": "http://proxy"})
     assert is_hub_reachable()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fitune.runtime import monitor as monitor_module
-from fitune.runtime.monitor import Monitor
-from fitune.runtime.samples import MonitorEvent, MonitorSummary
+from fitune.runtime.machine import monitor as monitor_module
+from fitune.runtime.machine.monitor import Monitor
+from fitune.runtime.machine.samples import MonitorEvent, MonitorSummary
 
 MIB = 2**20
 NEVER_SECONDS = 3600.0
@@ -184,8 +184,8 @@ def test_a_long_runs_file_is_thinned_and_its_maxima_are_not(tmp_path: Path, monk
 
 GPU_RUN = """
     import time
-    from fitune.runtime.monitor import Monitor
-    from fitune.runtime.nvml import open_nvml
+    from fitune.runtime.machine.monitor import Monitor
+    from fitune.runtime.machine.nvml import open_nvml
 
     def wait_for_samples(monitor, count=3):
         enough = monitor.summary().samples + count

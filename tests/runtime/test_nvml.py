@@ -14,17 +14,17 @@ import pytest
 MIB = 2**20
 
 LIST = """
-    from fitune.runtime.nvml import open_nvml
+    from fitune.runtime.machine.nvml import open_nvml
     nvml = open_nvml()
     show({"driver": nvml.driver_version, "cuda": nvml.cuda_version, "gpus": nvml.list_gpus()})
 """
 SAMPLE = """
-    from fitune.runtime.nvml import open_nvml
+    from fitune.runtime.machine.nvml import open_nvml
     with open_nvml() as nvml:
         show(nvml.sample(0, os.getpid()))
 """
 NAMES = """
-    from fitune.runtime.nvml import open_nvml
+    from fitune.runtime.machine.nvml import open_nvml
     show([gpu.uuid if "MIG" not in gpu.name else gpu.name for gpu in open_nvml().list_gpus()])
 """
 
@@ -49,7 +49,7 @@ def test_memory_of_a_process_that_may_not_be_read_is_none(run_on_fake_gpus: Any)
 
 @pytest.mark.parametrize(("capability", "bf16"), [(7, False), (8, True), (9, True)])
 def test_bf16_starts_with_ampere(run_on_fake_gpus: Any, capability: int, bf16: bool) -> None:
-    source = "from fitune.runtime.nvml import open_nvml; show(open_nvml().list_gpus()[0].bf16)"
+    source = "from fitune.runtime.machine.nvml import open_nvml; show(open_nvml().list_gpus()[0].bf16)"
     assert run_on_fake_gpus(source, capability=capability) is bf16
 
 
@@ -96,7 +96,7 @@ def test_a_process_that_the_driver_does_not_list_has_no_reading(run_on_fake_gpus
 def test_a_lost_gpu_is_an_error_of_its_own(run_on_fake_gpus: Any) -> None:
     source = """
         from fitune.recipes.errors import DeviceError
-        from fitune.runtime.nvml import GpuLostError, open_nvml
+        from fitune.runtime.machine.nvml import GpuLostError, open_nvml
         nvml = open_nvml()
         set_state(error=15)
         try:
@@ -119,7 +119,7 @@ def test_a_lost_gpu_is_an_error_of_its_own(run_on_fake_gpus: Any) -> None:
     ],
 )
 def test_a_driver_that_does_not_start_says_why(run_on_fake_gpus: Any, code: int, reason: str) -> None:
-    shown = run_on_fake_gpus("from fitune.runtime.nvml import open_nvml; show(open_nvml())", init_error=code)
+    shown = run_on_fake_gpus("from fitune.runtime.machine.nvml import open_nvml; show(open_nvml())", init_error=code)
     assert shown["has_driver"] is True
     assert reason in shown["reason"]
 
@@ -127,7 +127,7 @@ def test_a_driver_that_does_not_start_says_why(run_on_fake_gpus: Any, code: int,
 def test_a_machine_without_a_driver_says_so(tmp_path: Path) -> None:
     library = tmp_path / "libnvidia-ml.so.1"
     library.write_text("not a library")
-    source = "from fitune.runtime.nvml import open_nvml; print(open_nvml())"
+    source = "from fitune.runtime.machine.nvml import open_nvml; print(open_nvml())"
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True)
     assert "was not found" in done.stdout

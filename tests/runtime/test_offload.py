@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fitune.planner import activations as act
 from fitune.planner.shape import make_shape
-from fitune.runtime.build import BuiltModel, build_model
-from fitune.runtime.losses import compute_loss
-from fitune.runtime.offload import OffloadHooks, offload_activations, offload_decoder
-from fitune.runtime.optimizers import make_optimizer
-from fitune.runtime.step import MicroBatch, autocast, make_scaler, training_step, uncast_adapter_inputs
+from fitune.runtime.model.build import BuiltModel, build_model
+from fitune.runtime.training.losses import compute_loss
+from fitune.runtime.training.offload import OffloadHooks, offload_activations, offload_decoder
+from fitune.runtime.training.optimizers import make_optimizer
+from fitune.runtime.training.step import MicroBatch, autocast, make_scaler, training_step, uncast_adapter_inputs
 
 CPU = torch.device("cpu")
 ROWS, LENGTH = 4, 48

@@ -12,8 +12,8 @@ import torch
 from small_models import save_small_model
 from small_runs import read_losses, write_recipe
 
-from fitune.runtime.oom import is_out_of_memory
 from fitune.runtime.report import load_report
+from fitune.runtime.training.oom import is_out_of_memory
 
 RUN_WITH_LITTLE_MEMORY = """
 import resource, sys
@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from fitune.recipes.errors import OutOfMemoryError
 from fitune.runtime.planning import Job
-from fitune.runtime.train import run_job
+from fitune.runtime.training.train import run_job
 
 job = Job(sys.argv[1])
 plan = job.make_plan(quick=False)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fitune.runtime import optimizers
-from fitune.runtime.optimizers import make_optimizer, round_stochastically
+from fitune.runtime.training import optimizers
+from fitune.runtime.training.optimizers import make_optimizer, round_stochastically
 
 NAMES = ("adamw", "adamw_32bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

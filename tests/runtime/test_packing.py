@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fitune.recipes.errors import RunError
-from fitune.runtime import packing
-from fitune.runtime.attention import attend_documents, list_document_inputs
-from fitune.runtime.batches import make_micro_batch
-from fitune.runtime.losses import compute_loss
-from fitune.runtime.packing import check_packing, pack_rows
-from fitune.runtime.tokens import TokenizedRow, TokenizedRows
+from fitune.runtime.data import packing
+from fitune.runtime.data.batches import make_micro_batch
+from fitune.runtime.data.packing import check_packing, pack_rows
+from fitune.runtime.data.tokens import TokenizedRow, TokenizedRows
+from fitune.runtime.model.attention import attend_documents, list_document_inputs
+from fitune.runtime.training.losses import compute_loss
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -12,8 +12,8 @@ from small_runs import plan_recipe, read_lines, run_recipe_file, write_recipe
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 
-from fitune.runtime.batches import iterate_batches
-from fitune.runtime.build import build_model
+from fitune.runtime.data.batches import iterate_batches
+from fitune.runtime.model.build import build_model
 
 STEPS = 8
 TRAIN = {

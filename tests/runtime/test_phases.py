@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_recipe
 
-from fitune.runtime.embedded import EMBEDDED_MODEL
+from fitune.runtime.model.embedded import EMBEDDED_MODEL
 from fitune.runtime.planning import Job
 from fitune.runtime.report import list_phase_peaks, load_report
 

@@ -13,12 +13,12 @@ from small_tokenizers import CHATML, build_tokenizer
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataTable
-from fitune.runtime.data import tokenize_data
-from fitune.runtime.data_report import DataReport
-from fitune.runtime.data_view import describe_data, render_data
-from fitune.runtime.preflight import check_data, refuse_problems
+from fitune.runtime.data.preflight import check_data, refuse_problems
+from fitune.runtime.data.prepare import tokenize_data
+from fitune.runtime.data.report import DataReport
+from fitune.runtime.data.sources import load_rows
+from fitune.runtime.data.view import describe_data, render_data
 from fitune.runtime.shown import show_text
-from fitune.runtime.sources import load_rows
 
 
 def write_lines(path: Path, *records: object) -> None:

@@ -14,7 +14,7 @@ from fitune.runtime.redaction import redact
 from fitune.runtime.report import load_report, render_report
 from fitune.runtime.rundir import RunDirectory
 from fitune.runtime.shown import ShownConsole
-from fitune.runtime.train import run_job
+from fitune.runtime.training.train import run_job
 
 
 def print_on_terminal(*objects: object) -> str:

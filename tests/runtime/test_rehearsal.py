@@ -14,11 +14,11 @@ from fitune.planner.memory import Memory
 from fitune.planner.shape import make_shape
 from fitune.planner.strategy import Device, DeviceConstant, Strategy
 from fitune.recipes.errors import ModelError
-from fitune.runtime.accuracy import compare, load_rows, make_device
-from fitune.runtime.rehearsal import Rehearsal, count_unsure, rehearse
-from fitune.runtime.rehearse_cuda import CudaCard
-from fitune.runtime.rehearse_trace import TracedStep, trace_step
-from fitune.runtime.rehearse_watch import WORKSPACES
+from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
+from fitune.runtime.rehearsal.cuda import CudaCard
+from fitune.runtime.rehearsal.measure import Rehearsal, count_unsure, rehearse
+from fitune.runtime.rehearsal.trace import TracedStep, trace_step
+from fitune.runtime.rehearsal.watch import WORKSPACES
 
 DATA = Path(__file__).parents[1] / "data"
 MiB = 2**20
@@ -210,7 +210,7 @@ def test_strategies_that_differ_in_the_update_share_one_trace(monkeypatch: pytes
         traced.append(strategy)
         return trace_step(config, strategy, card, sequence_length=sequence_length)
 
-    monkeypatch.setattr("fitune.runtime.rehearsal.trace_step", count)
+    monkeypatch.setattr("fitune.runtime.rehearsal.measure.trace_step", count)
     rehearsal = Rehearsal(LLAMA, make_shape(LLAMA), make_device(), sequence_length=256, merge=False)
     assert [rehearsal.measure(strategy) for strategy in strategies] == alone
     assert len(traced) == 3

@@ -15,8 +15,8 @@ from fitune.planner.shape import make_shape
 from fitune.planner.speed import StepTime
 from fitune.planner.step_cost import estimate_model_flops
 from fitune.planner.strategy import Strategy
-from fitune.runtime.accuracy import load_rows, make_device
-from fitune.runtime.accuracy_speed import (
+from fitune.runtime.rehearsal.accuracy import load_rows, make_device
+from fitune.runtime.rehearsal.accuracy_speed import (
     TimedRow,
     is_planned,
     render_host_cost,
@@ -24,8 +24,8 @@ from fitune.runtime.accuracy_speed import (
     render_speed_table,
     time_row,
 )
-from fitune.runtime.rehearsal import Rehearsal
-from fitune.runtime.rehearse_time import list_works, time_step
+from fitune.runtime.rehearsal.measure import Rehearsal
+from fitune.runtime.rehearsal.time import list_works, time_step
 
 DATA = Path(__file__).parents[1] / "data"
 RATES = make_gpu_rates(find_gpu("H100 80GB"))

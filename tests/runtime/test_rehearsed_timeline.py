@@ -10,9 +10,9 @@ from fitune.planner.allocator import CachingAllocator
 from fitune.planner.memory import Memory, Timeline
 from fitune.planner.strategy import Strategy
 from fitune.planner.timeline import COMPONENTS, EventLog, list_spans
-from fitune.runtime.accuracy import make_device
-from fitune.runtime.rehearsal import rehearse
-from fitune.runtime.rehearse_replay import Replay, keep_highest
+from fitune.runtime.rehearsal.accuracy import make_device
+from fitune.runtime.rehearsal.measure import rehearse
+from fitune.runtime.rehearsal.replay import Replay, keep_highest
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

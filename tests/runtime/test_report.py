@@ -13,10 +13,10 @@ from small_runs import run_recipe_file, write_recipe
 from fitune.planner.plan import Plan
 from fitune.recipes.errors import RunError
 from fitune.recipes.units import format_bytes
-from fitune.runtime.loop import Progress
-from fitune.runtime.outcome import make_speed
+from fitune.runtime.machine.samples import PhasePeak, Tally
 from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
-from fitune.runtime.samples import PhasePeak, Tally
+from fitune.runtime.training.loop import Progress
+from fitune.runtime.training.outcome import make_speed
 
 
 @pytest.fixture(scope="module")

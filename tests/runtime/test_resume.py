@@ -19,15 +19,15 @@ from small_runs import plan_recipe, read_lines, read_losses, write_recipe
 from transformers import AutoModelForCausalLM
 
 from fitune.recipes.errors import RunError
-from fitune.runtime.checkpoints import CheckpointStore, verify
-from fitune.runtime.loop import TrainingLoop
 from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport, render_report
-from fitune.runtime.run_record import BLOCKS, make_record
+from fitune.runtime.resume.checkpoints import CheckpointStore, verify
+from fitune.runtime.resume.run_record import BLOCKS, make_record
 from fitune.runtime.rundir import RunDirectory
 from fitune.runtime.running import RunOptions, find_run_path
-from fitune.runtime.step import training_step
-from fitune.runtime.train import run_job
+from fitune.runtime.training.loop import TrainingLoop
+from fitune.runtime.training.step import training_step
+from fitune.runtime.training.train import run_job
 
 Break = Callable[[int], None]
 Record = Callable[[str, object], None]
@@ -297,7 +297,7 @@ def test_the_last_checkpoints_stay_and_the_best_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 6.5, 6.6])
-    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("fitune.runtime.training.judge.evaluate", lambda *_: next(losses))
     recipe = write_recipe(
         tmp_path,
         llama,
@@ -316,7 +316,7 @@ def test_training_ends_when_the_held_out_loss_is_no_longer_better(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 6.0, 4.0, 7.0, 8.0, 6.5])
-    monkeypatch.setattr("fitune.runtime.judge.evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("fitune.runtime.training.judge.evaluate", lambda *_: next(losses))
     train = {"max_steps": 30, "eval_every": 2, "early_stopping_patience": 2}
     report = execute(write_recipe(tmp_path, llama, train=train))
     assert (report.status, report.speed.steps, report.best_step) == ("finished", 10, 6)
@@ -325,8 +325,8 @@ def test_training_ends_when_the_held_out_loss_is_no_longer_better(
 def test_checkpoints_by_the_clock_are_gone_when_the_run_has_finished(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Break
 ) -> None:
-    monkeypatch.setattr("fitune.runtime.keeper.AUTO_SECONDS", 0.0)
-    monkeypatch.setattr("fitune.runtime.keeper.AUTO_SHARE", 1e9)
+    monkeypatch.setattr("fitune.runtime.resume.keeper.AUTO_SECONDS", 0.0)
+    monkeypatch.setattr("fitune.runtime.resume.keeper.AUTO_SHARE", 1e9)
     recipe = write_recipe(tmp_path, llama)
     kill_at(6)
     with pytest.raises(Killed):
@@ -379,7 +379,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_the_recipe_says_so(
         return training_step(model, *arguments, **options)
 
     calls: list[int] = []
-    monkeypatch.setattr("fitune.runtime.loop.training_step", poison)
+    monkeypatch.setattr("fitune.runtime.training.loop.training_step", poison)
     with pytest.raises(RunError, match=r"step 3: loss .*without saving its weights"):
         execute(write_recipe(tmp_path / "stop", llama))
     calls.clear()
@@ -447,7 +447,7 @@ def test_a_run_whose_last_loss_is_not_finite_has_a_report(
         return replace(result, loss=float("nan"), applied=False) if len(calls) in (1, 6) else result
 
     calls: list[int] = []
-    monkeypatch.setattr("fitune.runtime.loop.training_step", poison)
+    monkeypatch.setattr("fitune.runtime.training.loop.training_step", poison)
     recipe = write_recipe(tmp_path, llama, train={"on_nonfinite": "skip"}, output={"dir": "run", "save_every": 1})
     report = execute(recipe)
     losses = read_losses(tmp_path / "run")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.runtime.nvml import GpuSample
-from fitune.runtime.samples import DeviceShare, Sample, Tally
+from fitune.runtime.machine.nvml import GpuSample
+from fitune.runtime.machine.samples import DeviceShare, Sample, Tally
 
 NOTHING = GpuSample(
     memory_used_bytes=None,

@@ -14,8 +14,8 @@ from small_tokenizers import CHATML
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fitune.runtime.losses import compute_loss
 from fitune.runtime.report import RunReport
+from fitune.runtime.training.losses import compute_loss
 
 STRONG = {"learning_rate": 3e-2}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.runtime.smoke import SmokeTest, run_smoke_test
+from fitune.runtime.machine.smoke import SmokeTest, run_smoke_test
 
 ABORT = "import os; os.abort()"
 WRONG = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_rehearsal import LLAMA, list_sizes, make_strategy, predict, trace
 
-from fitune.runtime.accuracy import compare, load_rows, make_device
+from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
 
 DATA = Path(__file__).parents[1] / "data"
 ROWS = [

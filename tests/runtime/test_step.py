@@ -11,10 +11,10 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.planner.strategy import Strategy
-from fitune.runtime.build import build_model
-from fitune.runtime.losses import compute_loss
-from fitune.runtime.optimizers import make_optimizer
-from fitune.runtime.step import (
+from fitune.runtime.model.build import build_model
+from fitune.runtime.training.losses import compute_loss
+from fitune.runtime.training.optimizers import make_optimizer
+from fitune.runtime.training.step import (
     MicroBatch,
     StepResult,
     autocast,

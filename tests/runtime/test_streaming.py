@@ -15,10 +15,10 @@ from small_tokenizers import CHATML, THINKS_LAST, build_tokenizer
 
 from fitune.recipes.errors import DataError
 from fitune.recipes.schema import DataTable
-from fitune.runtime import streaming
-from fitune.runtime.batches import GlobalBatch, iterate_batches
-from fitune.runtime.streaming import StreamedRows
-from fitune.runtime.tokens import TokenSettings
+from fitune.runtime.data import streaming
+from fitune.runtime.data.batches import GlobalBatch, iterate_batches
+from fitune.runtime.data.streaming import StreamedRows
+from fitune.runtime.data.tokens import TokenSettings
 
 TOKENIZER = build_tokenizer(CHATML)
 

@@ -7,7 +7,7 @@ from small_tokenizers import CHATML, build_tokenizer
 from transformers import AutoTokenizer
 
 from fitune.recipes.errors import ModelError
-from fitune.runtime.templates import ensure_chat_template
+from fitune.runtime.data.templates import ensure_chat_template
 
 CONVERSATION = [
     {"role": "user", "content": "What is feta?"},

@@ -9,10 +9,10 @@ import pytest
 from small_tokenizers import CHATML, MARKED, build_tokenizer
 
 from fitune.runtime import data, token_cache
-from fitune.runtime.data import tokenize_sources
-from fitune.runtime.rows import Message, Row
-from fitune.runtime.sources import SourceRows
-from fitune.runtime.tokens import RowTokenizer, TokenizedRows, TokenSettings
+from fitune.runtime.data.prepare import tokenize_sources
+from fitune.runtime.data.rows import Message, Row
+from fitune.runtime.data.sources import SourceRows
+from fitune.runtime.data.tokens import RowTokenizer, TokenizedRows, TokenSettings
 
 SETTINGS = TokenSettings(max_length=32)
 

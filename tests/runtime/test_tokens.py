@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fitune.recipes.errors import DataError
-from fitune.runtime.rows import Message, Row
-from fitune.runtime.templates import ensure_chat_template
-from fitune.runtime.tokens import TokenizedRow, TokenSettings, find_stop_token_ids, tokenize_rows
+from fitune.runtime.data.rows import Message, Row
+from fitune.runtime.data.templates import ensure_chat_template
+from fitune.runtime.data.tokens import TokenizedRow, TokenSettings, find_stop_token_ids, tokenize_rows
 
 
 def build_default(**options: object) -> PreTrainedTokenizerFast:

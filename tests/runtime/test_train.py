@@ -20,10 +20,10 @@ from small_runs import plan_recipe, read_lines, read_losses, run_recipe_file, wr
 
 from fitune.planner.speed import Speed
 from fitune.recipes.errors import DataError, ModelError, RunError
-from fitune.runtime.live import LiveLine
 from fitune.runtime.planning import Job
 from fitune.runtime.running import RunOptions, find_run_path
-from fitune.runtime.train import run_job
+from fitune.runtime.training.live import LiveLine
+from fitune.runtime.training.train import run_job
 
 DOCUMENTS = {"run.json", "plan.json", "recipe.toml", "metrics.jsonl", "samples.jsonl"}
 FITUNE = [sys.executable, "-m", "fitune.runtime.cli"]

@@ -13,10 +13,10 @@ from fitune.planner.families import FAMILIES
 from fitune.planner.plan import Plan
 from fitune.planner.strategy import Strategy
 from fitune.recipes.errors import ModelError, TraceError
-from fitune.runtime.accuracy import make_device
-from fitune.runtime.meta_shape import make_shape_of_model
+from fitune.runtime.model.meta_shape import make_shape_of_model
 from fitune.runtime.planning import Job
-from fitune.runtime.rehearsal import rehearse
+from fitune.runtime.rehearsal.accuracy import make_device
+from fitune.runtime.rehearsal.measure import rehearse
 
 MiB = 2**20
 RECIPE = """

@@ -1,0 +1,1 @@
+"""A plan for people: tables, the timeline, the HTML page, the reasons of a choice."""

@@ -1,0 +1,141 @@
+"""A Plan as one HTML page that needs nothing else: no network, no fonts, no scripts but its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from ..memory import Memory
+from ..plan import Plan, Rejected
+from .chart import make_chart_data, render_chart
+from .plan import (
+    closest_of_each_kind,
+    describe_candidate,
+    describe_facts,
+    describe_need,
+    describe_verdict,
+    list_figures,
+)
+from .timeline import COMPONENT_WORDS
+
+GiB = 2**30
+
+
+def render_page(plan: Plan) -> str:
+    """The page; everything from the recipe is escaped."""
+    template = Template((files(__package__) / "plan.html").read_text(encoding="utf-8"))
+    verdict, needs = describe_verdict(plan)
+    sections = [
+        _render_timeline(plan.memory),
+        '<div class="pair">' + _render_memory(plan) + _render_phases(plan.memory) + "</div>",
+        _section("The run", _render_facts(plan)),
+        _render_rejected(plan.rejected),
+        _render_list("Notes", plan.warnings),
+        _render_list("Advice", plan.advice),
+    ]
+    return template.substitute(
+        recipe=escape(plan.recipe),
+        verdict=f'<b class="{"yes" if plan.fits else "no"}">{verdict}</b>: {escape(needs)}',
+        body="\n".join(section for section in sections if section),
+        footer=_render_footer(plan),
+        timeline=make_chart_data(plan.memory.timeline),
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _render_timeline(memory: Memory) -> str:
+    if memory.timeline is None:
+        return ""
+    note = (
+        '<p class="soft">From left to right the allocations and frees of the rehearsed step, in their order; not time. '
+        "Each point is the highest instant of its part.</p>"
+    )
+    return _section("Live tensors over one optimizer step", render_chart(memory, memory.timeline) + note)
+
+
+def _render_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+    """Cells are HTML; the columns `numbers` are aligned right."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = (' class="n"' if number in numbers else "" for number in range(len(cells)))
+        written = (f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+        return f"<tr>{''.join(written)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f'<div class="wide"><table><thead>{row(heads, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _render_figures(rows: Iterable[tuple[str, int, str]]) -> str:
+    """(name, bytes, note), in the columns of the bars above."""
+    cells = (
+        f'<tr><td>{escape(name)}</td><td class="n">{_gib(size)}</td><td class="bar">{escape(note)}</td></tr>'
+        for name, size, note in rows
+    )
+    return f'<table class="figures"><tbody>{"".join(cells)}</tbody></table>'
+
+
+def _render_bars(sizes: Mapping[str, int], colors: Mapping[str, str]) -> str:
+    """A row with a bar for each name; `colors` are names of the page's colours."""
+    most = max([*sizes.values(), 1])
+    rows = []
+    for name, size in sizes.items():
+        color = f";background:var(--{colors[name]})" if name in colors else ""
+        bar = f'<i style="width:{100 * size / most:.1f}%{color}"></i>'
+        rows.append(f'<tr><td>{escape(name)}</td><td class="n">{_gib(size)}</td><td class="bar">{bar}</td></tr>')
+    head = '<thead><tr><th></th><th class="n">GiB</th><th></th></tr></thead>'
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def _render_memory(plan: Plan) -> str:
+    memory = plan.memory
+    live = {COMPONENT_WORDS[name]: size for name, size in memory.components if size}
+    colors = {COMPONENT_WORDS[name]: name for name, _ in memory.components}
+    content = _render_bars(live, colors) + _render_figures(list_figures(plan))
+    return _section(f"Memory at its peak: {escape(memory.peak_phase)}", content)
+
+
+def _render_phases(memory: Memory) -> str:
+    peaks = {phase.name: phase.peak_allocated_bytes for phase in memory.phases if phase.peak_allocated_bytes}
+    beside = _render_figures([("RAM", memory.host_bytes, ""), ("disk", memory.disk_bytes, "")])
+    return _section("Live tensors by phase", _render_bars(peaks, {memory.peak_phase: "ink"}) + beside)
+
+
+def _render_facts(plan: Plan) -> str:
+    pairs = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in describe_facts(plan))
+    return f"<dl>{pairs}</dl>"
+
+
+def _render_rejected(rejected: Sequence[Rejected]) -> str:
+    if not rejected:
+        return ""
+    closest = [
+        (escape(kind), *describe_need(one), escape(one.reason)) for kind, one in closest_of_each_kind(rejected).items()
+    ]
+    every = [(escape(describe_candidate(one.strategy)), *describe_need(one), escape(one.reason)) for one in rejected]
+    heads = ("", "GiB", "of", "why")
+    content = _render_table(heads, closest, numbers=(1, 2))
+    if len(every) > len(closest):
+        listed = _render_table(heads, every, numbers=(1, 2))
+        content += f"<details><summary>All {len(every)} rejected candidates</summary>{listed}</details>"
+    return _section("Rejected, of each kind the closest", content)
+
+
+def _render_list(title: str, lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    return _section(title, "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
+
+
+def _render_footer(plan: Plan) -> str:
+    source = "a rehearsal of the step" if plan.estimator == "rehearsal" else "closed forms"
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    return escape(f"Planned by fitune from {source}. Recipe {plan.recipe_sha256[:12]}. {versions}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GiB:.2f}"

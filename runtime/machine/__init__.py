@@ -1,0 +1,1 @@
+"""This machine: its devices and memory, the monitor, calibration, the doctor."""

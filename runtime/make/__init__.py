@@ -1,0 +1,1 @@
+"""`fitune data make`: instruction rows from documents or topics, through an OpenAI-compatible endpoint."""

@@ -1,0 +1,1 @@
+"""The model: found, built as a strategy says, adapted, saved."""

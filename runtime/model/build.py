@@ -1,0 +1,274 @@
+"""Builds the model that a strategy describes: weights, quantisation, adapters, checkpointing, compiled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ...planner.shape import make_shape
+from ...planner.strategy import Strategy
+from ...recipes.errors import ModelError
+from ..quiet import quiet_libraries
+from ..training.step import TORCH_DTYPES
+from .attention import attend_documents
+from .linear_4bit import make_compilable
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one layer class. Beyond it torch runs the layer eagerly, in more memory than was planned: PyTorch's 8 are
+used up by the first layer, whose input needs no gradient, the others, and a few lengths of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """A model ready to train.
+
+    model: what is trained: a PeftModel around `base`, or `base` itself
+    base:  the transformers model inside
+    """
+
+    model: nn.Module
+    base: Any
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def build_model(
+    folder: Path,
+    strategy: Strategy,
+    device: torch.device,
+    *,
+    alpha: int | None = None,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+) -> BuiltModel:
+    """Load the weights in `folder` as `strategy` says and make them trainable.
+
+    alpha:   LoRA's scaling numerator, unset: twice the rank
+    adapter: folder of an existing adapter to continue, None for a new one
+    """
+    base = load_base(folder, strategy, device, trust_remote_code=trust_remote_code)
+    model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=alpha, adapter=adapter)
+    prepare_training(base, strategy)
+    return BuiltModel(model=model, base=base)
+
+
+def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model on `device`, its linear layers in NF4 for qlora."""
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {}
+    if strategy.method == "qlora":
+        arguments["quantization_config"] = make_quantization(strategy)
+    try:
+        with quiet_libraries():
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=TORCH_DTYPES[strategy.weights_dtype],
+                attn_implementation=name_attention(strategy),
+                trust_remote_code=trust_remote_code,
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if "Cannot allocate memory" in str(error):  # of a mapping of the file: no fault of the model
+            raise MemoryError(str(error)) from error
+        raise ModelError(f"model.id: {folder}: transformers cannot load it: {error}") from error
+    base, loaded = found
+    check_loaded(folder, base, loaded)
+    if strategy.method != "qlora" and getattr(base, "is_loaded_in_4bit", False):
+        raise ModelError(
+            f'model.id: {folder}: its weights are stored in 4 bits: only method.kind = "qlora" trains them'
+        )
+    if strategy.method == "qlora":
+        keep_cpu_weights_trainable(base)
+        release_file(base)
+    return base
+
+
+def name_attention(strategy: Strategy) -> str:
+    """What transformers calls the strategy's attention; ours is made known to it."""
+    if strategy.attention == "varlen":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("varlen", attend_documents)
+    return strategy.attention
+
+
+def check_loaded(folder: Path, base: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """ModelError where a weight is not in the files or has another shape there: transformers makes it up at random."""
+    missing = sorted(loaded["missing_keys"] & {name for name, _ in base.named_parameters()})
+    if missing:
+        raise ModelError(f"model.id: {folder}: {len(missing)} weights are not in its files, such as {missing[0]}")
+    for name, stored, expected in sorted(loaded["mismatched_keys"]):
+        raise ModelError(
+            f"model.id: {folder}: {name} is stored as {list(stored)}, its config.json says {list(expected)}"
+        )
+
+
+def make_quantization(strategy: Strategy) -> Any:
+    """transformers' configuration for NF4 with the strategy's double quantisation and compute dtype."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=strategy.double_quantization,
+        bnb_4bit_compute_dtype=TORCH_DTYPES[strategy.compute_dtype],
+    )
+
+
+def keep_cpu_weights_trainable(base: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16.
+
+    An evaluation under no_grad would repack them into a layout without autograd, and training after it would
+    silently leave most adapters without gradients (bitsandbytes 0.50).
+    """
+    import bitsandbytes as bnb
+
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def release_file(base: nn.Module) -> None:
+    """Copy the tensors that are still views of the weights' file: on a CPU one alone keeps all of it in memory.
+
+    safetensors maps the file; only where every weight is such a view, in 16 bits, is the file the model's own memory.
+    """
+    for parameter in base.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def add_adapters(base: Any, strategy: Strategy, *, alpha: int | None, adapter: Path | None) -> nn.Module:
+    """Freeze `base` and put LoRA adapters beside its linear layers, in the strategy's adapter dtype."""
+    assert strategy.adapter_dtype is not None, "adapters have a dtype"
+    with quiet_libraries():
+        model = make_adapters(base, strategy, alpha=alpha) if adapter is None else load_adapters(base, adapter)
+    dtype = TORCH_DTYPES[strategy.adapter_dtype]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def make_adapters(base: Any, strategy: Strategy, *, alpha: int | None) -> nn.Module:
+    """New adapters: lora_A random, lora_B zero."""
+    from peft import LoraConfig, get_peft_model
+
+    assert strategy.adapter_rank is not None, "adapters have a rank"
+    config = LoraConfig(
+        r=strategy.adapter_rank,
+        lora_alpha=2 * strategy.adapter_rank if alpha is None else alpha,
+        lora_dropout=strategy.adapter_dropout,
+        target_modules=find_target_modules(base, strategy),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"method.targets: peft cannot attach adapters: {error}") from error
+
+
+def load_adapters(base: Any, folder: Path) -> nn.Module:
+    """The adapters in `folder`, to be trained further; ModelError where they do not fit every layer of `base`."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"method.adapter: {folder}: no adapter_config.json in it; a peft adapter's folder has one")
+    where = f"method.adapter: {folder}"
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, low_cpu_mem_usage=True)
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{where}: peft cannot attach it: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(f"{where}: it was made for another model: {str(error).splitlines()[1].strip()}") from error
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ModelError(f"{where}: it was made for another model: it has no {missing[0]}")
+    return model
+
+
+def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
+    """peft's `target_modules` for the strategy's targets.
+
+    "all-linear" becomes the names of the linear layers that the planner counts: peft's own also adapts a mixture's
+    fused experts, and rebuilds every expert's weight in each forward, and routers that are linear layers by class.
+    """
+    targets = strategy.adapter_targets
+    if isinstance(targets, tuple):
+        return list(targets)
+    assert targets is not None, "adapters have targets"
+    try:
+        return list(make_shape(base.config.to_dict()).lora_target_names(targets))
+    except ModelError:
+        head = base.get_output_embeddings()
+        return [name for name, module in base.named_modules() if is_adaptable(module) and module is not head]
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether an adapter can stand beside a module: a linear layer, its weight packed or not, that returns a tensor.
+
+    Some mixtures' routers are linear layers that return scores and choices (phimoe, llama4).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    plain = type(module).__module__.startswith("bitsandbytes.") or type(module) in (nn.Linear, Conv1D)
+    if plain or isinstance(module, Conv1D):
+        return True
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return isinstance(module(row), torch.Tensor)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def prepare_training(base: Any, strategy: Strategy) -> None:
+    """Checkpointing and compiled layers, as the strategy says."""
+    base.config.use_cache = False
+    base.train()
+    if strategy.checkpointed_layers:
+        checkpoint_layers(base, strategy.checkpointed_layers)
+    if strategy.compile:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        make_compilable(base)
+        for layer in find_layers(base):
+            layer.compile()
+
+
+def checkpoint_layers(base: Any, count: int) -> None:
+    """Checkpoint the first `count` decoder layers; all, where there are no more."""
+    with quiet_libraries():
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in list(find_layers(base))[count:]:
+        if not hasattr(layer, "gradient_checkpointing"):
+            raise ModelError(
+                f"train.gradient_checkpointing: {type(base).__name__} checkpoints all of its layers or none: "
+                "use true or false"
+            )
+        cast(Any, layer).gradient_checkpointing = False
+
+
+def find_layers(base: Any) -> nn.ModuleList:
+    """The decoder layers: the longest ModuleList of the model."""
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    assert lists, "a causal language model has a list of layers"
+    return max(lists, key=len)

@@ -1,0 +1,1 @@
+"""The rehearsal: the runtime's own step on fake tensors, and how its figures compare with measured ones."""

@@ -1,0 +1,156 @@
+"""What scaled dot product attention allocates on a CUDA card: its fused kernels, as autograd functions on fakes.
+
+Sizes from aten/src/ATen/native/transformers/cuda of PyTorch: attention_backward.cu, flash_attn/flash_api.cpp.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cost import current_ledger
+
+FLASH_MAX_HEAD_DIM = 256
+EFFICIENT_MAX_KEPT_HEAD_DIM = 128
+"""Up to this head size the efficient kernel keeps its fp32 accumulators in registers."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention on [batch, heads, sequence, head_dim], with the kernel that CUDA would pick."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (one.to(dtype) for one in (query, key, value))
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    width = query.shape[-1]
+    if half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM:
+        padded = 8 * ceil(width / 8)
+        if padded != width:
+            query, key, value = (F.pad(one, (0, padded - width)) for one in (query, key, value))
+        output: Tensor = _Flash.apply(query, key, value, dropout_p)  # type: ignore[no-untyped-call]
+        return output[..., :width] if padded != width else output
+    if (enable_gqa and key.shape[1] != query.shape[1]) or width != value.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    return _Efficient.apply(query, key, value, _make_bias(attn_mask, query, key))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _note(
+    query: Tensor,
+    key: Tensor,
+    outputs: list[Tensor],
+    *,
+    inputs: list[Tensor],
+    backward: bool = False,
+    is_masked: bool = False,
+) -> None:
+    """Tell what the kernel costs; without a mask it is causal."""
+    ledger = current_ledger()
+    if ledger is not None:
+        ledger.note_attention(query, key, outputs, inputs=inputs, backward=backward, is_masked=is_masked)
+
+
+def _make_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The additive mask that the efficient kernel reads: a boolean one is converted in every layer, and its last
+    dimension padded to a multiple of 16."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, torch.zeros((), dtype=query.dtype), torch.full((), float("-inf"), dtype=query.dtype))
+    else:
+        mask = mask.to(query.dtype)
+    if mask.shape[-1] % 16:
+        mask = F.pad(mask, (0, 16 - mask.shape[-1] % 16))[..., : mask.shape[-1]]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+class _Flash(torch.autograd.Function):
+    """FlashAttention-2: grouped heads are not expanded in forward; backward sums them from expanded gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        batch, heads, rows, _ = query.shape
+        out = torch.empty_like(query.transpose(1, 2))
+        lse = torch.empty(batch, heads, rows, dtype=torch.float32)
+        seed, unused = torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+        if dropout > 0:
+            seed = torch.empty(2, dtype=torch.int64)
+        out = out.transpose(1, 2)
+        _note(query, key, [out], inputs=[query, key, value])
+        ctx.save_for_backward(query, key, value, out, lse, seed, unused)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, out, *_ = ctx.saved_tensors
+        batch, heads, rows, width = query.shape
+        grad, out = grads[0].transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous()
+        parts = [torch.empty_like(one.transpose(1, 2)) for one in (query, key, value)]
+        rounded, columns = 128 * ceil(rows / 128), _round_head(width)
+        delta = torch.empty(batch, heads, rounded, dtype=torch.float32)
+        accumulated = torch.empty(batch, rounded, heads, columns, dtype=torch.float32)
+        expanded = []
+        if key.shape[1] != heads:
+            expanded = [torch.empty(batch, key.shape[2], heads, width, dtype=query.dtype) for _ in range(2)]
+        _note(query, key, parts, backward=True, inputs=[query, key, value, out, grad])
+        del grad, out, delta, accumulated, expanded
+        return (*(one.transpose(1, 2) for one in parts), None)
+
+
+def flash_backward_temporaries(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Bytes that FlashAttention-2's backward allocates beside its results, as in _Flash.backward."""
+    batch, heads, rows, width = query.shape
+    rounded = 128 * ceil(rows / 128)
+    expanded = (batch * key.shape[2] * heads * width * query.element_size(),) * 2 if key.shape[1] != heads else ()
+    return 4 * batch * heads * rounded, 4 * batch * rounded * heads * _round_head(width), *expanded
+
+
+def _round_head(width: int) -> int:
+    multiple = 32 if width <= 128 else 64
+    return multiple * ceil(width / multiple)
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient (CUTLASS) kernel: takes an additive mask, fp32 too; its backward stages dQ in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        batch, heads, rows, width = query.shape
+        out = torch.empty(batch, rows, heads, width, dtype=query.dtype)
+        lse = torch.empty(batch, heads, 32 * ceil(rows / 32), dtype=torch.float32)
+        if width > EFFICIENT_MAX_KEPT_HEAD_DIM and query.dtype != torch.float32:
+            torch.empty(out.shape, dtype=torch.float32)
+        out = out.transpose(1, 2)
+        biases = [] if bias is None else [bias]
+        _note(query, key, [out], inputs=[query, key, value, *biases], is_masked=bias is not None)
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, bias, _, _ = ctx.saved_tensors
+        batch, heads, rows, width = query.shape
+        grad = grads[0].transpose(1, 2).contiguous()
+        parts = [torch.empty(one.transpose(1, 2).shape, dtype=one.dtype) for one in (query, key, value)]
+        delta = torch.empty(batch, heads, rows, dtype=torch.float32)
+        staged = []
+        if query.dtype != torch.float32:
+            staged.append(torch.empty(batch, heads, 64 * ceil(rows / 64), 32 * ceil(width / 32), dtype=torch.float32))
+            if width > EFFICIENT_MAX_KEPT_HEAD_DIM:
+                staged += [torch.empty(batch, heads, key.shape[2], width, dtype=torch.float32) for _ in range(2)]
+        _note(query, key, parts, backward=True, inputs=[query, key, value, grad], is_masked=bias is not None)
+        del grad, delta, staged
+        return (*(one.transpose(1, 2) for one in parts), None)

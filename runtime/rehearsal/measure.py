@@ -1,0 +1,219 @@
+"""Rehearses a run: the runtime's own step on fake tensors, replayed through a model of the CUDA caching allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...planner.allocator import SEGMENT_ORDERS, CachingAllocator, SegmentOrder
+from ...planner.catalog import find_gpu
+from ...planner.clock import find_order_rates
+from ...planner.estimate import CUDA_HOST_BYTES, estimate_memory
+from ...planner.families import FAMILIES
+from ...planner.memory import PHASES, Components, Memory, Phase
+from ...planner.shape import ModelShape, make_shape
+from ...planner.speed import StepTime
+from ...planner.step_cost import estimate_model_flops
+from ...planner.strategy import Device, Strategy
+from ...planner.timeline import EventLog, make_timeline
+from ...recipes.errors import DeviceError, ModelError
+from .cuda import CudaCard
+from .replay import Replay, keep_highest
+from .states import replay_adapters, replay_clip, replay_optimizer, replay_weights
+from .time import time_step
+from .trace import TracedStep, trace_step
+
+MiB = 2**20
+STEPS = 3
+"""Steps replayed: the first makes the optimizer's states, the second runs with them, the third shows fragmentation."""
+MICRO_BATCHES = 2
+"""Micro-batches replayed of a step with more: the first makes gradients, all others are alike."""
+CONTEXT_BYTES = 751 * MiB
+"""Device memory beside the allocator's on the measured stack: context, loaded kernels, cuBLAS's own (95 rows)."""
+FLASH_KERNEL_BYTES = 16 * MiB
+"""The module of FlashAttention's kernels, loaded at its first use (measured: rows with eager attention lack it)."""
+DRIVER_BYTES = 480 * MiB
+"""Of an H100's memory as NVML names it, what the driver keeps from every process: 81,559 MiB are 81,079 to CUDA."""
+DEVICE_MARGIN = 0.025
+"""Added to what is required, for what the rehearsal does not know (for the 95 measured rows 2.05 % suffices)."""
+STEP_PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+def rehearse(
+    config: Mapping[str, Any], strategy: Strategy, device: Device, *, sequence_length: int, merge: bool
+) -> Memory:
+    """The memory of a run of `strategy` on rows of `sequence_length` tokens.
+
+    On a CPU, whose memory no caching allocator holds, these are the closed forms. A ModelError where transformers
+    cannot build the model.
+    """
+    quick = _estimate_quickly(config, strategy, device, sequence_length, merge=merge)
+    if device.kind == "cpu":
+        if quick is None:
+            raise ModelError(f"config.json: model_type: {config.get('model_type')}: there is no closed form for a CPU")
+        return quick
+    traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length)
+    return _measure(traced, strategy, device, quick, merge=merge)
+
+
+def _measure(traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool) -> Memory:
+    """The run as the measured driver gives out addresses; of one that fits, what other orders of them require too."""
+    limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
+    replay = replay_run(traced, strategy, limit_bytes=limit_bytes)
+    memory = _summarise(replay, traced, strategy, device, quick, merge=merge)
+    if strategy.expandable_segments or memory.required_bytes > memory.budget_bytes:
+        return memory
+    others = [replay_run(traced, strategy, limit_bytes=limit_bytes, order=order) for order in SEGMENT_ORDERS[1:]]
+    unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in (replay, *others)])
+    return memory.model_copy(update={"required_bytes": _require(memory.peak_device_bytes + unsure_bytes)})
+
+
+def _require(device_bytes: int) -> int:
+    return int(device_bytes * (1 + DEVICE_MARGIN))
+
+
+def count_unsure(reserved_bytes: Sequence[int]) -> int:
+    """How far what is reserved may exceed the first of several replays that differ only in what nothing decides.
+
+    The highest of them, and their range on top: the true one need not lie between a few samples. 0 for a run that is
+    not sensitive, as most are.
+    """
+    highest = max(reserved_bytes)
+    return highest - reserved_bytes[0] + highest - min(reserved_bytes)
+
+
+def _estimate_quickly(
+    config: Mapping[str, Any], strategy: Strategy, device: Device, sequence_length: int, *, merge: bool
+) -> Memory | None:
+    """The closed forms, which the phases outside of the step come from; None for a family that they do not know."""
+    text = config.get("text_config")
+    families = {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
+    if not families & FAMILIES.keys():
+        return None
+    return estimate_memory(make_shape(config), strategy, device, sequence_length=sequence_length, merge=merge)
+
+
+class Rehearsal:
+    """Memory and step time of strategies on one device, for rows of one length; each strategy is traced once.
+
+    shape: of the model, for the operations that it needs
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], shape: ModelShape, device: Device, *, sequence_length: int, merge: bool
+    ) -> None:
+        self._config, self._shape, self._device = dict(config), shape, device
+        self._length, self._merge = sequence_length, merge
+        self._known: dict[Strategy, tuple[Memory, StepTime]] = {}
+        self._traced: dict[Strategy, TracedStep] = {}
+
+    def measure(self, strategy: Strategy) -> Memory:
+        """The memory of a run of `strategy`."""
+        return self._rehearse(strategy)[0]
+
+    def time(self, strategy: Strategy) -> StepTime:
+        """The time of one of its steps."""
+        return self._rehearse(strategy)[1]
+
+    def _rehearse(self, strategy: Strategy) -> tuple[Memory, StepTime]:
+        if strategy not in self._known:
+            device = self._device
+            quick = _estimate_quickly(self._config, strategy, device, self._length, merge=self._merge)
+            traced = self._trace(strategy)
+            time = time_step(
+                traced,
+                strategy,
+                find_order_rates(device),
+                flops_per_token=estimate_model_flops(self._shape, strategy, self._length),
+                length=self._length,
+            )
+            self._known[strategy] = _measure(traced, strategy, device, quick, merge=self._merge), time
+        return self._known[strategy]
+
+    def _trace(self, strategy: Strategy) -> TracedStep:
+        """The strategy's step, traced once for all that differ only in the update or the number of micro-batches."""
+        step = strategy.model_copy(
+            update={
+                "optimizer": "adamw",
+                "rounding": "nearest",
+                "learning_rate": 0.0,
+                "expandable_segments": False,
+                "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
+            }
+        )
+        if step not in self._traced:
+            self._traced[step] = trace_step(self._config, step, find_card(self._device), sequence_length=self._length)
+        return self._traced[step]
+
+
+def find_card(device: Device) -> CudaCard:
+    """What the catalog knows of the card; one that it does not know is taken for the measured one."""
+    try:
+        major = int(find_gpu(device.name).compute_capability.split(".")[0])
+    except DeviceError:
+        return CudaCard()
+    return CudaCard(major=major)
+
+
+def context_bytes(strategy: Strategy, device: Device) -> int:
+    """Device memory beside the allocator's and managed memory: as calibrated, else the measured stack's."""
+    if device.beside is not None:
+        return device.beside.bytes
+    return CONTEXT_BYTES + (0 if strategy.attention == "eager" else FLASH_KERNEL_BYTES)
+
+
+def replay_run(
+    traced: TracedStep, strategy: Strategy, *, limit_bytes: int | None, order: SegmentOrder = SEGMENT_ORDERS[0]
+) -> Replay:
+    """Weights, adapters and STEPS optimizer steps through the allocator."""
+    allocator = CachingAllocator(limit_bytes=limit_bytes, expandable=strategy.expandable_segments, order=order)
+    replay = Replay(allocator)
+    model, trainable = traced.model, traced.model.trainable
+    replay_weights(replay, model, strategy)
+    replay_adapters(replay, model)
+    for step in range(STEPS):
+        logs: list[EventLog] = []
+        for micro_batch in range(min(MICRO_BATCHES, strategy.gradient_accumulation_steps)):
+            log = replay.start_log()
+            for segment in traced.next if micro_batch else traced.first:
+                if segment.name in ("forward", "backward"):
+                    replay.enter(segment.name)
+                replay.play(segment.events, traced.recording, prefix=step)
+            logs = keep_highest(logs, log)
+        update = replay.start_log()
+        replay.enter("clip")
+        replay_clip(replay, trainable)
+        replay.enter("optimizer")
+        replay_optimizer(replay, trainable, strategy, first=step == 0)
+        replay.free_all(step)
+        replay.keep_step([*logs, update])
+    return replay
+
+
+def _summarise(
+    replay: Replay, traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool
+) -> Memory:
+    """Load and step from the replay; evaluation, saving and merging, RAM and disk from the closed forms."""
+    peak_phase = replay.highest(STEP_PHASES)
+    peak = replay.peaks[peak_phase]
+    reserved = replay.allocator.peak_reserved_bytes
+    device_bytes = reserved + context_bytes(strategy, device) + replay.managed_bytes
+    outside = {} if quick is None else {phase.name: phase.peak_allocated_bytes for phase in quick.phases}
+    allocated = {**outside, **{name: one.allocated_bytes for name, one in replay.peaks.items()}}
+    trained = sum(spec.elements * spec.width for spec in traced.model.trainable)
+    merged = 2 * sum(spec.elements for spec in traced.model.weights) if merge and strategy.method != "full" else 0
+    return Memory(
+        peak_allocated_bytes=peak.allocated_bytes,
+        peak_reserved_bytes=reserved,
+        managed_bytes=replay.managed_bytes,
+        peak_device_bytes=device_bytes,
+        required_bytes=_require(device_bytes),
+        budget_bytes=device.budget_bytes,
+        host_bytes=quick.host_bytes if quick else CUDA_HOST_BYTES + max(trained, merged),
+        disk_bytes=quick.disk_bytes if quick else trained + merged,
+        peak_phase=peak_phase,
+        components=Components(**peak.components),
+        phases=tuple(Phase(name=name, peak_allocated_bytes=allocated[name]) for name in PHASES if name in allocated),
+        estimator="rehearsal",
+        timeline=make_timeline(replay.step_logs, micro_batches=strategy.gradient_accumulation_steps),
+    )

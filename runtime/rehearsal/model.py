@@ -1,0 +1,300 @@
+"""The model of a rehearsal: built on meta by transformers and peft, cut to few layers, then made of fakes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...planner.strategy import Strategy
+from ...recipes.errors import ModelError
+from ..model.build import add_adapters, find_layers, make_quantization, name_attention, prepare_training
+from ..model.linear_4bit import make_compilable
+from ..quiet import quiet_libraries
+from ..training.step import TORCH_DTYPES
+
+UNQUANTIZED = ["lm_head", "embed_out"]
+"""Names of LM heads, which NF4 leaves alone."""
+BLOCKS_TRACED = 5
+"""First, three in the middle and last: the middle one's neighbours are middle ones, so it stands for all left out."""
+TEMPLATE = 2
+"""The middle one of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A parameter or buffer as it lies in memory.
+
+    elements:  how many
+    dimensions: of its shape
+    rows, columns: of the last two dimensions; columns is elements for a vector
+    width:     bytes of an element
+    quantized: whether it is stored in NF4 (elements are those of the unpacked weight)
+    trainable: whether the optimizer updates it
+    """
+
+    elements: int
+    dimensions: int
+    rows: int
+    columns: int
+    width: int
+    quantized: bool = False
+    trainable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Which layers are traced, and how often the repeated ones occur.
+
+    picked:  the layers that are traced, in order
+    sources: for each layer of the whole model the traced one, counted among the picked ones, that stands for it
+    blocks:  how many picked layers each block has
+    copies:  how many more blocks the whole model has that are like these; their neighbours on both sides are, too
+    """
+
+    picked: tuple[int, ...]
+    sources: tuple[int, ...]
+    blocks: tuple[int, ...]
+    copies: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsalModel:
+    """A cut model of fake tensors, and what the whole one consists of.
+
+    model, base: as in runtime.build.BuiltModel
+    layers:      the traced decoder layers
+    kinds:       what tells one of them from another
+    cut:         how they stand for the whole model
+    weights:     every parameter and buffer of the whole base model, in the order in which they are made
+    adapters:    every adapter matrix of the whole model, in order
+    trainable:   what the optimizer updates in the whole model, in its order
+    tied:        whether the LM head shares the embeddings' weight
+    """
+
+    model: nn.Module
+    base: Any
+    layers: Sequence[nn.Module]
+    kinds: Sequence[Hashable]
+    cut: Cut
+    weights: tuple[TensorSpec, ...]
+    adapters: tuple[TensorSpec, ...]
+    trainable: tuple[TensorSpec, ...]
+    tied: TensorSpec | None
+
+
+def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bool = True) -> RehearsalModel:
+    """The model on meta with its adapters, its layers cut to those that are traced; make_fakes() comes next."""
+    base = _build_base(config, strategy)
+    weights, tied = _list_weights(base), _find_tied(base)
+    kinds = _kinds(base)
+    plan = _plan_cut(kinds, strategy) if cut else _no_cut(kinds)
+    _cut_layers(base, plan)
+    with torch.device("meta"):
+        model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
+    checkpointed = sum(index < strategy.checkpointed_layers for index in plan.picked)
+    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed, "compile": False}))
+    if strategy.compile:
+        make_compilable(base)
+    model.train()
+    expanded = tuple(_expand(model, base, plan))
+    adapters = tuple(spec for name, spec in expanded if ".lora_" in name)
+    trainable = tuple(spec for _, spec in expanded if spec.trainable)
+    return RehearsalModel(
+        model=model,
+        base=base,
+        layers=tuple(find_layers(base)),
+        kinds=[kinds[index] for index in plan.picked],
+        cut=plan,
+        weights=weights,
+        adapters=adapters,
+        trainable=trainable,
+        tied=tied,
+    )
+
+
+def _build_base(config: dict[str, Any], strategy: Strategy) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    attention = "sdpa" if strategy.attention == "flash_attention_2" else name_attention(strategy)
+    try:
+        with quiet_libraries():
+            settings = AutoConfig.for_model(values.pop("model_type"), **values)
+            settings.use_cache = False
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(
+                    settings, dtype=TORCH_DTYPES[strategy.weights_dtype], attn_implementation=attention
+                )
+            if strategy.method == "qlora":
+                _quantize(base, strategy)
+            base.tie_weights()
+    except Exception as error:  # each architecture checks its config in its own way
+        raise ModelError(f"config.json: transformers cannot build it: {error}") from error
+    return base
+
+
+def _quantize(base: Any, strategy: Strategy) -> None:
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    settings = make_quantization(strategy)
+    replace_with_bnb_linear(base, modules_to_not_convert=UNQUANTIZED, quantization_config=settings)
+    for module in base.modules():
+        if is_nf4(module, "weight") and module.bias is not None:
+            bias = module.bias.to(TORCH_DTYPES[strategy.weights_dtype])
+            module.bias = nn.Parameter(bias, requires_grad=False)
+    base.is_quantized = base.is_loaded_in_4bit = True
+    base.quantization_method, base.config.quantization_config = settings.quant_method, settings
+
+
+def is_nf4(module: nn.Module, name: str) -> bool:
+    """Whether a module's tensor is a weight that bitsandbytes packs to 4 bits."""
+    return name == "weight" and type(module).__name__ in ("Linear4bit", "PackedLinear4bit")
+
+
+def _make_spec(module: nn.Module, name: str, tensor: Tensor) -> TensorSpec:
+    shape = tensor.shape
+    elements = tensor.numel()
+    quantized = is_nf4(module, name)
+    if quantized:
+        shape = torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
+        elements = shape.numel()
+    return TensorSpec(
+        elements=elements,
+        dimensions=len(shape),
+        rows=shape[-2] if len(shape) > 1 else 1,
+        columns=shape[-1] if len(shape) else 1,
+        width=tensor.element_size(),
+        quantized=quantized,
+        trainable=isinstance(tensor, nn.Parameter) and tensor.requires_grad,
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(path, module, name, tensor) of every parameter and buffer, shared ones once, in the order of the modules."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}", module, name, tensor
+
+
+def _list_weights(base: Any) -> tuple[TensorSpec, ...]:
+    return tuple(_make_spec(module, name, tensor) for _, module, name, tensor in _tensors(base))
+
+
+def _find_tied(base: Any) -> TensorSpec | None:
+    """The LM head's weight where it is the embeddings': it is made, and dropped when they are tied."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or embeddings is None or head.weight is not embeddings.weight:
+        return None
+    return _make_spec(head, "weight", head.weight)
+
+
+def _kinds(base: Any) -> list[tuple[Any, ...]]:
+    """What tells one decoder layer from another: shapes, and plain attributes but its number."""
+    types = getattr(base.config.get_text_config(), "layer_types", None)
+    kinds: list[tuple[Any, ...]] = []
+    for index, layer in enumerate(find_layers(base)):
+        shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+        plain = tuple(
+            (path, key, value)
+            for path, module in layer.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key != "layer_idx"
+        )
+        kinds.append((shapes, plain, types[index] if types and index < len(types) else None))
+    return kinds
+
+
+def _no_cut(kinds: Sequence[Hashable]) -> Cut:
+    layers = tuple(range(len(kinds)))
+    return Cut(picked=layers, sources=layers, blocks=(len(layers),), copies={})
+
+
+def _plan_cut(kinds: Sequence[Hashable], strategy: Strategy) -> Cut:
+    """The fewest layers that show every transition, of the checkpointed ones and of the others."""
+    checkpointed = min(strategy.checkpointed_layers, len(kinds))
+    picked: list[int] = []
+    sources: list[int] = []
+    blocks: list[int] = []
+    copies: dict[int, int] = {}
+    for start, run in ((0, kinds[:checkpointed]), (checkpointed, kinds[checkpointed:])):
+        if not run:
+            continue
+        sizes, left_out = _find_blocks(run)
+        if left_out:
+            copies[len(blocks) + TEMPLATE] = left_out
+        period, before, layers = sizes[-1], sum(sizes), len(run)
+        if left_out:
+            period, before = sizes[TEMPLATE], sum(sizes[: TEMPLATE + 1])
+        sources += [len(picked) + _source(layer, period, before, left_out) for layer in range(layers)]
+        after = sum(sizes) - before
+        picked += [start + layer for layer in (*range(before), *range(layers - after, layers))]
+        blocks += sizes
+    return Cut(picked=tuple(picked), sources=tuple(sources), blocks=tuple(blocks), copies=copies)
+
+
+def _source(layer: int, period: int, before: int, copies: int) -> int:
+    """Which of the picked layers stands for a run's layer; the last `period` of the first `before` ones are copied."""
+    if layer < before:
+        return layer
+    if layer < before + copies * period:
+        return before - period + (layer - before) % period
+    return layer - copies * period
+
+
+def _find_blocks(kinds: Sequence[Hashable]) -> tuple[tuple[int, ...], int]:
+    """Layers of each block: a first one, three alike, and a last one with what remains; and how often the middle one
+    is left out. One block of all, where they do not repeat as often."""
+    layers = len(kinds)
+    for period in range(1, layers // BLOCKS_TRACED + 1):
+        for lead in range(min(period, 4) + 1):
+            if any(kinds[i] != kinds[i + period] for i in range(lead, layers - period)):
+                continue
+            repeats, rest = divmod(layers - lead, period)
+            if repeats > BLOCKS_TRACED:
+                return (lead + period, period, period, period, period + rest), repeats - BLOCKS_TRACED
+    return (layers,), 0
+
+
+def _cut_layers(base: Any, cut: Cut) -> None:
+    """Leave only the picked layers in the model and in its config."""
+    if not cut.copies:
+        return
+    layers, config = find_layers(base), base.config.get_text_config()
+    kept = [layers[index] for index in cut.picked]
+    while len(layers):
+        del layers[-1]
+    layers.extend(kept)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == len(cut.sources):
+            setattr(config, key, type(value)(value[index] for index in cut.picked))
+    config.num_hidden_layers = len(kept)
+
+
+def _expand(model: nn.Module, base: Any, cut: Cut) -> Iterator[tuple[str, TensorSpec]]:
+    """(path, spec) of every parameter of the whole model, in order, from those of the cut one."""
+    layers = find_layers(base)
+    inside = next(path for path, module in model.named_modules() if module is layers)
+    pattern = re.compile(rf"{re.escape(inside)}\.(\d+)\.")
+    before: list[tuple[str, TensorSpec]] = []
+    after: list[tuple[str, TensorSpec]] = []
+    by_layer: dict[int, list[tuple[str, TensorSpec]]] = {index: [] for index in range(len(layers))}
+    for path, module, name, tensor in _tensors(model):
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        found, entry = pattern.match(path), (path, _make_spec(module, name, tensor))
+        if found:
+            by_layer[int(found[1])].append(entry)
+        else:
+            (after if by_layer[0] else before).append(entry)
+    yield from before
+    for source in cut.sources:
+        yield from by_layer[source]
+    yield from after

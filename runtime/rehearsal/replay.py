@@ -1,0 +1,123 @@
+"""Replays a rehearsed run through the allocator's model: what is live and what is reserved, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ...planner.allocator import Block, CachingAllocator
+from ...planner.memory import Components
+from ...planner.timeline import EventLog
+from .watch import WORKSPACES, Recording
+
+MANAGED_CHUNK_BYTES = 128 * 2**20
+"""NVML shows managed memory in steps of this size (19 of the 95 measured rows have some)."""
+
+
+@dataclass(kw_only=True)
+class PhasePeak:
+    """The highest moment of a phase, bytes: what was allocated, by component, and what was reserved by its end."""
+
+    allocated_bytes: int = 0
+    components: dict[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+
+
+class Replay:
+    """Feeds an allocator and remembers each phase's peak.
+
+    managed_bytes: beside the allocator, in managed memory
+    step_logs:     of the step with the highest peak: its first micro-batch, the highest of the others, the update
+    """
+
+    def __init__(self, allocator: CachingAllocator) -> None:
+        self.allocator = allocator
+        self.peaks: dict[str, PhasePeak] = {}
+        self.managed_bytes = 0
+        self.step_logs: list[EventLog] = []
+        self._managed_free = 0
+        self._live: dict[Hashable, tuple[Block, str]] = {}
+        self._totals = dict.fromkeys(Components.model_fields, 0)
+        self._peak = PhasePeak()
+        self._log = self.start_log()
+        self.enter("load")
+
+    def enter(self, phase: str) -> None:
+        """From here on peaks are this phase's."""
+        self._peak = self.peaks.setdefault(phase, PhasePeak())
+        self._log.enter(phase)
+        self._note()
+
+    def start_log(self) -> EventLog:
+        """From here on events are written to a new log."""
+        self._log = EventLog(start=dict(self._totals))
+        return self._log
+
+    def keep_step(self, logs: list[EventLog]) -> None:
+        """Keep a step's logs if none before had a peak as high."""
+        if not self.step_logs or _peak_of(logs) > _peak_of(self.step_logs):
+            self.step_logs = logs
+
+    def allocate(self, key: Hashable, size_bytes: int, component: str) -> None:
+        block = self.allocator.allocate(size_bytes)
+        self._live[key] = block, component
+        self._totals[component] += block.size_bytes
+        self._log.add(component, block.size_bytes)
+        if self.allocator.allocated_bytes > self._peak.allocated_bytes:
+            self._note()
+
+    def free(self, key: Hashable) -> None:
+        block, component = self._live.pop(key)
+        self._totals[component] -= block.size_bytes
+        self._log.add(component, -block.size_bytes)
+        self.allocator.free(block)
+
+    def temporary(self, size_bytes: int) -> None:
+        """Allocate and free at once."""
+        self.allocate("temporary", size_bytes, "temporary")
+        self.free("temporary")
+
+    def manage(self, size_bytes: int) -> None:
+        """Allocate managed memory, which the driver takes in chunks that no allocation straddles."""
+        if size_bytes > self._managed_free:
+            taken = -(-size_bytes // MANAGED_CHUNK_BYTES) * MANAGED_CHUNK_BYTES
+            self.managed_bytes += taken
+            self._managed_free = taken
+        self._managed_free -= size_bytes
+
+    def play(self, events: Iterable[int], recording: Recording, prefix: Hashable) -> None:
+        """Play a recording's events; its storages are told from other plays' by `prefix`. Workspaces stay for good."""
+        sizes, components = recording.sizes, recording.components
+        for event in events:
+            if event in WORKSPACES:
+                if event not in self._live:
+                    self.allocate(event, sizes[event], components[event])
+            elif event >= 0:
+                self.allocate((prefix, event), sizes[event], components[event])
+            elif (prefix, ~event) in self._live:
+                self.free((prefix, ~event))
+
+    def free_all(self, prefix: Hashable) -> None:
+        """Free what is left of a play, as setting gradients to None does."""
+        for key in [one for one in self._live if isinstance(one, tuple) and one[0] == prefix]:
+            self.free(key)
+
+    def _note(self) -> None:
+        peak, allocator = self._peak, self.allocator
+        if allocator.allocated_bytes > peak.allocated_bytes:
+            peak.allocated_bytes = allocator.allocated_bytes
+            peak.components = dict(self._totals)
+        peak.reserved_bytes = max(peak.reserved_bytes, allocator.reserved_bytes)
+
+    def highest(self, phases: Sequence[str]) -> str:
+        """The phase, of these, with the highest peak of allocated memory."""
+        return max(phases, key=lambda phase: self.peaks[phase].allocated_bytes)
+
+
+def keep_highest(logs: list[EventLog], log: EventLog) -> list[EventLog]:
+    """The first log, and the highest of the others."""
+    return [*logs[:1], max([*logs[1:], log], key=lambda one: one.peak_bytes)]
+
+
+def _peak_of(logs: list[EventLog]) -> int:
+    return max(log.peak_bytes for log in logs)

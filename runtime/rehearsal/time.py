@@ -1,0 +1,60 @@
+"""From the operations of a rehearsed step to its time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, make_step_time
+from ...planner.step_cost import estimate_update_work
+from ...planner.strategy import Dtype, Rates, Strategy
+from .model import Cut, TensorSpec
+from .trace import TracedStep
+
+PHASES = ("forward", "backward")
+DTYPES: dict[int, Dtype] = {2: "bf16", 4: "fp32"}
+
+
+def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per_token: float, length: int) -> StepTime:
+    """The time of one optimizer step.
+
+    flops_per_token: that the model needs
+    """
+    works: dict[str, list[Work]] = {name: [] for name in PHASES}
+    for phase, work in list_works(traced):
+        works[phase].append(work)
+    tokens = strategy.micro_batch_size * length
+    return make_step_time(
+        {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()},
+        time_update(traced.model.trainable, strategy, rates),
+        strategy.gradient_accumulation_steps,
+        tokens=tokens,
+        flops=flops_per_token * tokens,
+        estimator="rehearsal",
+    )
+
+
+def time_update(trainable: tuple[TensorSpec, ...], strategy: Strategy, rates: Rates) -> dict[str, PhaseTime]:
+    """Clipping and the optimizer's update of the whole model."""
+    dtype = DTYPES[max((spec.width for spec in trainable), default=4)]
+    tensors = tuple(Counter(spec.elements for spec in trainable).items())
+    update = estimate_update_work(tensors, strategy, dtype)
+    return {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
+
+
+def list_works(traced: TracedStep) -> Iterator[tuple[str, Work]]:
+    """(phase, work) of every operation of the last micro-batch traced, those of a repeated layer as often as it is."""
+    recording, times = traced.recording, _count_layers(traced.model.cut)
+    sections = [name for _, name in recording.marks]
+    start = max(index for index, name in enumerate(sections) if name == "data")
+    for operation in traced.operations:
+        phase, _, layer = sections[operation.mark].partition(" ")
+        if operation.mark < start or phase not in PHASES:
+            continue
+        work = operation.work
+        yield phase, work if not layer or times[int(layer)] == 1 else work.repeat(times[int(layer)])
+
+
+def _count_layers(cut: Cut) -> list[int]:
+    """For each traced layer how many layers of the whole model are like it."""
+    return [1 + cut.copies.get(block, 0) for block, size in enumerate(cut.blocks) for _ in range(size)]

@@ -1,0 +1,212 @@
+"""Traces the runtime's own step on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...planner.strategy import Strategy
+from ...recipes.errors import TraceError
+from ..data.batches import STARTS_MULTIPLE
+from ..training.losses import compute_loss
+from ..training.offload import OffloadHooks, offload_decoder
+from ..training.step import autocast, recomputation, uncast_adapter_inputs
+from .compile import compiled_layers
+from .cost import Operation, current_ledger, kept_ledger
+from .cuda import CudaCard, cuda_semantics
+from .fakes import make_fakes
+from .layers import NotPeriodic, Segment, extend, split_segments
+from .model import RehearsalModel, build_rehearsal_model
+from .watch import Recording, StorageWatch
+
+UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises on fake tensors when it reads their values, or when its config's sizes do not fit together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStep:
+    """The events of an optimizer step's micro-batches on the whole model.
+
+    model:     what was traced
+    recording: sizes and components of all storages
+    operations: of the traced layers, with what they cost
+    first:     segments of the first micro-batch
+    next:      segments of any later one, which finds gradients to add to; empty without accumulation
+    """
+
+    model: RehearsalModel
+    recording: Recording
+    operations: Sequence[Operation]
+    first: list[Segment]
+    next: list[Segment]
+
+
+def trace_step(
+    config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int, cut: bool = True
+) -> TracedStep:
+    """Trace a step; cut: trace few layers and repeat the middle ones' events."""
+    with _trace_errors(config["model_type"]):
+        model = build_rehearsal_model(config, strategy, cut=cut)
+    with _trace_errors(type(model.base).__name__):
+        watch, boundaries = _record(model, strategy, card, sequence_length)
+    recording = watch.recording
+    segments = split_segments(recording, model.cut)
+    try:
+        segments = extend(recording, segments, model.cut)
+    except NotPeriodic:
+        return trace_step(config, strategy, card, sequence_length=sequence_length, cut=False)
+    starts = [index for index, segment in enumerate(segments) if segment.name == "data"]
+    assert len(starts) == boundaries, "each micro-batch begins with its data"
+    first = segments[: starts[1]] if boundaries > 1 else segments
+    return TracedStep(
+        model=model,
+        recording=recording,
+        operations=watch.ledger.operations,
+        first=[one for one in first if one.name != "build"],
+        next=segments[starts[1] :] if boundaries > 1 else [],
+    )
+
+
+@contextlib.contextmanager
+def _trace_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UNTRACEABLE as error:
+        raise TraceError(f"config.json: {name} cannot be rehearsed: {type(error).__name__}: {error}") from error
+
+
+def _record(
+    model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_length: int
+) -> tuple[StorageWatch, int]:
+    """One micro-batch, or two where gradients accumulate."""
+    watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
+    micro_batches = min(2, strategy.gradient_accumulation_steps)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        watch,
+        cuda_semantics(),
+        kept_ledger(watch.ledger),
+        _marks(model, watch),
+    ):
+        watch.enter("build", "weights")
+        make_fakes(model.model, strategy)
+        compiled = compiled_layers(model.layers, model.kinds, watch) if strategy.compile else contextlib.nullcontext()
+        with compiled:
+            for _ in range(micro_batches):
+                watch.enter("data", "temporary")
+                ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)
+                _run_micro_batch(model, strategy, watch, ids)
+    watch.settle()
+    for parameter in model.model.parameters():
+        if parameter.grad is not None:
+            watch.label(parameter.grad, "gradients")
+    return watch, micro_batches
+
+
+def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWatch, ids: Tensor) -> None:
+    """runtime.step.training_step's part for one micro-batch."""
+    positions = torch.empty_like(ids) if strategy.packing else None
+    starts = torch.empty(STARTS_MULTIPLE, dtype=torch.int32) if strategy.attention == "varlen" else None
+    watch.enter("forward", "activations")
+    with autocast(strategy, ids.device), uncast_adapter_inputs(model.model), _offload(model, strategy):
+        loss = compute_loss(
+            model.model,
+            model.base,
+            ids,
+            ids,
+            loss_head=strategy.loss_head,
+            tokens=ids.numel(),
+            position_ids=positions,
+            document_starts=starts,
+            compiled=strategy.compile,
+        )
+    watch.enter("backward", "loss_head")
+    watch.backward = True
+    with recomputation(model.model, strategy):
+        run_backward(loss)
+    watch.backward = False
+    del loss
+    watch.enter("end", "temporary")
+
+
+class _VanishingCopies(OffloadHooks):
+    """What is offloaded leaves the device; on fakes host and device are one, so that nothing is kept of it."""
+
+    def store(self, flat: Tensor) -> tuple[Tensor, ...]:
+        _note_transfer(flat)
+        return ()
+
+    def bring(self, flat: Tensor, blocks: tuple[Tensor, ...]) -> None:
+        _note_transfer(flat)
+
+
+def _note_transfer(flat: Tensor) -> None:
+    ledger = current_ledger()
+    if ledger is not None:
+        ledger.note_transfer(flat.nbytes)
+
+
+def _offload(model: RehearsalModel, strategy: Strategy) -> contextlib.AbstractContextManager[None]:
+    if not strategy.activation_offload:
+        return contextlib.nullcontext()
+    return offload_decoder(model.base.base_model, _VanishingCopies(model.base, torch.device("cpu")))
+
+
+def run_backward(loss: Tensor) -> None:
+    """loss.backward(), through the engine itself: the public functions would suspend torch function modes inside."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+@contextlib.contextmanager
+def _marks(model: RehearsalModel, watch: StorageWatch) -> Iterator[None]:
+    """Tell the watch where each layer begins, in forward by hooks on the modules, in backward on their gradients."""
+    last = len(model.layers) - 1
+    head = model.base.get_output_embeddings()
+
+    def hidden_of(values: Any) -> Tensor | None:
+        first = values[0] if isinstance(values, tuple) and values else values
+        return first if isinstance(first, Tensor) else None
+
+    def on_gradient(hidden: Tensor | None, section: str) -> None:
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda _: watch.enter(section, "temporary"))
+
+    def begin(layer: int, args: Any, kwargs: Any) -> None:
+        if watch.backward:
+            return
+        watch.enter(f"forward {layer}", "activations")
+        if layer:
+            on_gradient(hidden_of(args or kwargs.get("hidden_states")), f"backward {layer - 1}")
+        else:
+            on_gradient(hidden_of(args or kwargs.get("hidden_states")), "backward")
+
+    def end(layer: int, output: Any) -> None:
+        if not watch.backward and layer == last:
+            on_gradient(hidden_of(output), f"backward {last}")
+            watch.enter("forward", "activations")
+
+    def begin_head() -> None:
+        if not watch.backward:
+            watch.enter("forward", "loss_head")
+
+    handles = [head.register_forward_pre_hook(lambda *_: begin_head())]
+    for index, layer in enumerate(model.layers):
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, index=index: begin(index, args, kwargs), with_kwargs=True
+            )
+        )
+        handles.append(layer.register_forward_hook(lambda _, __, output, index=index: end(index, output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

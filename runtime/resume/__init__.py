@@ -1,0 +1,1 @@
+"""Runs that survive: checkpoints, what a run is made of, and how it goes on."""

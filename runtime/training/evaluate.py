@@ -1,0 +1,69 @@
+"""Held-out loss, and one held-out question answered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...planner.strategy import Strategy
+from ..data.batches import iterate_eval_batches
+from ..data.encoding import Encoder
+from ..model.build import BuiltModel
+from .losses import compute_loss
+from .step import autocast, uncast_adapter_inputs, uncompiled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.rows import Message
+    from ..data.tokens import TokenizedRows
+
+ANSWER_TOKENS = 96
+"""Longest answer to the sample question, in tokens."""
+
+
+def evaluate(built: BuiltModel, rows: TokenizedRows, strategy: Strategy, device: torch.device) -> float:
+    """Mean cross-entropy of the held-out rows' trained tokens; leaves the model in training mode."""
+    built.model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(built.model), uncompiled(strategy):
+        for batch in iterate_eval_batches(rows, micro_batch_size=strategy.micro_batch_size):
+            loss = compute_loss(
+                built.model,
+                built.base,
+                batch.input_ids.to(device),
+                batch.labels.to(device),
+                loss_head=strategy.loss_head,
+                tokens=rows.trained_tokens,
+            )
+            total += loss.double().cpu()
+    built.model.train()
+    return float(total)
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: tuple[Message, ...],
+    *,
+    strategy: Strategy,
+    device: torch.device,
+    stop_token_ids: tuple[int, ...],
+) -> str:
+    """The model's greedy answer to a conversation that ends with a question."""
+    ids = torch.tensor([Encoder(tokenizer).encode_prompt(messages)], device=device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(strategy, device), uncompiled(strategy):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(stop_token_ids),
+            pad_token_id=stop_token_ids[0],
+        )
+    model.train(was_training)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,72 @@
+"""What a person sees while a run goes on: one live line on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ...planner.speed import Speed
+from ...recipes.units import GiB, format_seconds
+
+LINES_WITHOUT_TERMINAL = 10
+"""Lines of a run where there is no terminal to redraw."""
+
+
+class LiveLine:
+    """Step, loss, speed beside the plan's, memory now / predicted / budget, time left; a context manager.
+
+    predicted: the plan's speed, None where it has none
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        predicted_bytes: int,
+        budget_bytes: int,
+        predicted: Speed | None = None,
+    ) -> None:
+        self._console, self._steps, self._predicted = console, steps, predicted
+        self._predicted_bytes, self._budget_bytes = predicted_bytes, budget_bytes
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(
+        self, step: int, *, loss: float, tokens_per_second: float, memory_bytes: int, seconds_left: float
+    ) -> None:
+        """Show one finished step."""
+        line = Text.assemble(
+            (f"step {step:>{len(str(self._steps))}}/{self._steps}", "bold"),
+            f"  loss {loss:6.3f}  {self._describe_speed(tokens_per_second)}  {self._describe_memory(memory_bytes)}",
+            f"  {format_seconds(seconds_left)} left",
+        )
+        if self._live is not None:
+            self._live.update(line, refresh=True)
+        elif step == self._steps or step == 1 or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
+            self._console.print(line, soft_wrap=True)
+
+    def _describe_speed(self, tokens_per_second: float) -> str:
+        """Such as `7,415 tokens/s of 7,832 planned, MFU 38%`."""
+        planned = self._predicted
+        if planned is None:
+            return f"{tokens_per_second:,.0f} tokens/s"
+        reached = planned.model_flops_utilization * tokens_per_second / planned.tokens_per_second
+        return f"{tokens_per_second:,.0f} tokens/s of {planned.tokens_per_second:,.0f} planned, MFU {reached:.0%}"
+
+    def _describe_memory(self, now_bytes: int) -> str:
+        """Such as `memory 1.2 now, 1.3 predicted, 1.5 GiB budget`."""
+        now, predicted, budget = (size / GiB for size in (now_bytes, self._predicted_bytes, self._budget_bytes))
+        return f"memory {now:.1f} now, {predicted:.1f} predicted, {budget:.1f} GiB budget"

@@ -1,0 +1,46 @@
+"""Parts of a run's report, from what the run did."""
+
+from __future__ import annotations
+
+from ..data.rows import Row
+from ..machine.samples import MonitorSummary
+from ..report import Loss, Sample, Speed
+from ..resume.content import History
+from .loop import Progress
+
+STEP_PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+def make_loss(progress: Progress, history: History, after: float | None) -> Loss:
+    """Losses of training and of the held-out rows."""
+    return Loss(before=history.before, after=after, first=progress.first_loss, last=progress.last_loss)
+
+
+def make_speed(progress: Progress, total_seconds: float, summary: MonitorSummary) -> Speed:
+    """Speed over all sessions; energy of the last one.
+
+    Energy a token is the mean power of the last session's steps times the time of a token in all of them.
+    """
+    tokens, seconds = progress.tokens, progress.train_seconds
+    steps = [phase for phase in summary.phases if phase.name in STEP_PHASES]
+    joules = sum(phase.energy_joules or 0.0 for phase in steps)
+    measured_seconds = sum(phase.seconds for phase in steps)
+    has_energy = bool(joules and tokens and measured_seconds)
+    return Speed(
+        steps=progress.step,
+        tokens=tokens,
+        train_seconds=seconds,
+        total_seconds=total_seconds,
+        tokens_per_second=tokens / seconds if seconds else None,
+        step_seconds=seconds / progress.step if progress.step else None,
+        energy_joules=summary.energy_joules,
+        joules_per_1000_tokens=1000 * joules / measured_seconds * seconds / tokens if has_energy else None,
+    )
+
+
+def make_sample(question: Row | None, before: str | None, after: str | None) -> Sample | None:
+    """One held-out question with both answers, None where one is missing."""
+    if question is None or question.messages is None or before is None or after is None:
+        return None
+    asked = next((one.content for one in reversed(question.messages) if one.role == "user"), "")
+    return Sample(question=asked, before=before, after=after)
