@@ -238,6 +238,8 @@ class _Walk:
             _, number, strategy = heappop(waiting)
             if fitting and (confirmed == MOST_CONFIRMED or not self._is_near(strategy, fitting[0])):
                 break
+            if any(self._is_settled(strategy, one.strategy) for one in fitting):
+                continue
             family, candidate = families[number], self.measure(strategy)
             confirmed += bool(fitting)
             if candidate.fits:
@@ -254,6 +256,14 @@ class _Walk:
         """Whether closed forms take a strategy for nearly as fast as the first one that fits."""
         limit = (1 + NEAR_SHARE) * self.timer.estimate_seconds(first.strategy)
         return is_rounded(strategy) == is_rounded(first.strategy) and self.timer.estimate_seconds(strategy) <= limit
+
+    def _is_settled(self, strategy: Strategy, fitting: Strategy) -> bool:
+        """Whether one that fits is preferred to a strategy that differs in the optimizer and in the checkpointed
+        layers alone: of such a pair the closed forms know which is the faster."""
+        alike = {"optimizer": fitting.optimizer, "checkpointed_layers": fitting.checkpointed_layers}
+        if preference(strategy) < preference(fitting) or strategy.model_copy(update=alike) != fitting:
+            return False
+        return self.timer.estimate_seconds(strategy) * (1 + TIE_SHARE) >= self.timer.estimate_seconds(fitting)
 
     def _find_fewest(self, family: Family, low: int, high: int) -> int:
         """The fewest layers from low to high that probably fit; high, where none do."""

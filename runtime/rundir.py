@@ -34,6 +34,8 @@ REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"
 SCRATCH_PREFIX = ".writing-"
 """Names of files and folders that are being written; what a run that was killed leaves of them, the next removes."""
+REMOVED_PREFIX = ".removing-"
+"""Names of folders that are being removed, likewise."""
 
 
 def find_disk_error(error: BaseException) -> str | None:
@@ -152,8 +154,9 @@ class RunDirectory:
                 raise RunError(f"output.dir: {one} is a link: a run writes into its own directory only; remove it")
 
     def _sweep(self) -> None:
-        """Remove what a run that was killed was writing."""
-        for one in [*self.path.glob(f"{SCRATCH_PREFIX}*"), *self.path.glob(f"checkpoints/{SCRATCH_PREFIX}*")]:
+        """Remove what a run that was killed was writing or removing."""
+        patterns = (f"{SCRATCH_PREFIX}*", f"checkpoints/{SCRATCH_PREFIX}*", f"checkpoints/{REMOVED_PREFIX}*")
+        for one in [path for pattern in patterns for path in self.path.glob(pattern)]:
             if one.is_dir() and not one.is_symlink():
                 shutil.rmtree(one, ignore_errors=True)
             else:

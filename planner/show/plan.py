@@ -124,7 +124,7 @@ def _render_memory(plan: Plan, console: Console) -> RenderableType:
     total = max(memory.peak_allocated_bytes, 1)
     for name, size in memory.components:
         if size:
-            share = Text(bar * round(BAR_WIDTH * size / total), style=COMPONENT_COLORS[name])
+            share = Text(bar * min(BAR_WIDTH, round(BAR_WIDTH * size / total)), style=COMPONENT_COLORS[name])
             table.add_row(COMPONENT_WORDS[name], _gib(size), share)
     table.add_section()
     for name, size, note in list_figures(plan):

@@ -24,6 +24,16 @@ from ..resume.training_state import list_rng_tensors, list_state_tensors
 from .build import add_adapters
 from .meta_shape import build_meta_model
 
+WRITTEN_ALIKE: Mapping[str, Any] = {
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "checkpointed_layers": 0,
+    "loss_head": "full",
+    "compile": False,
+    "learning_rate": 1.0,
+}
+"""What a strategy may differ in without another byte in its files: a search asks for many of them."""
+
 
 def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
     """The weights that a run of a strategy on the model of `config` writes, to the byte.
@@ -39,7 +49,8 @@ def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
         parameters, tensors = list_base()
         return estimate_model_bytes(store_tensors(tensors, dtype), parameters=parameters)
 
-    def find_files(strategy: Strategy) -> WeightFiles | None:
+    @cache
+    def weigh(strategy: Strategy) -> WeightFiles | None:
         try:
             if strategy.method == "full":
                 names = tuple(list_state(build()).items())
@@ -55,7 +66,7 @@ def make_files_of(config: Mapping[str, Any], *, merge: bool) -> FilesOf:
             return None
         return WeightFiles(trained_bytes=trained, merged_bytes=merged_bytes, checkpoint_bytes=trained + states)
 
-    return find_files
+    return lambda strategy: weigh(strategy.model_copy(update=WRITTEN_ALIKE))
 
 
 def estimate_training_state_bytes(parameters: Iterable[tuple[str, Tensor]], strategy: Strategy) -> int:

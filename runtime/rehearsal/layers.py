@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,14 +61,16 @@ class _Extension:
         self.recording, self.segments, self.template = recording, segments, template
         self.owner: dict[int, tuple[int, Key]] = {}
         self.made: dict[int, dict[Key, int]] = defaultdict(dict)
+        counts: Counter[tuple[int, bool]] = Counter()
         for segment in segments:
             if segment.block is None:
                 continue
             for event in segment.events:
                 if event >= 0 and event not in WORKSPACES:
-                    made = self.made[segment.block]
-                    key = (segment.backward, sum(1 for backward, _ in made if backward == segment.backward))
-                    made[key] = event
+                    within = segment.block, segment.backward
+                    key = segment.backward, counts[within]
+                    counts[within] += 1
+                    self.made[segment.block][key] = event
                     self.owner[event] = segment.block, key
         self.copied = [self._copy() for _ in range(copies)]
 

@@ -6,6 +6,7 @@ in it is a pickle, and nothing is read that the manifest does not vouch for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from ...planner.strategy import Value
 from ...recipes.errors import CheckpointError
-from ..rundir import RunDirectory, check_free_disk, write_whole
+from ..rundir import REMOVED_PREFIX, RunDirectory, check_free_disk, write_whole
 
 State = TypeVar("State")
 
@@ -123,11 +124,21 @@ class CheckpointStore:
         """Remove all but the last `keep` checkpoints and the one of step `best`."""
         for step in self.list_steps()[:-keep]:
             if step != best:
-                shutil.rmtree(self._folder / f"step-{step:06d}", ignore_errors=True)
+                self._remove(step)
 
     def remove_all(self) -> None:
         """Remove every checkpoint."""
+        for step in self.list_steps():
+            self._remove(step)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        """The name goes first: a process that is killed meanwhile leaves no checkpoint that lacks files."""
+        folder = self._folder / f"step-{step:06d}"
+        aside = folder.with_name(f"{REMOVED_PREFIX}{folder.name}")
+        with contextlib.suppress(OSError):
+            folder.rename(aside)
+            shutil.rmtree(aside)
 
 
 def walk(folder: Path) -> list[str]:

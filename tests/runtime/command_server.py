@@ -17,7 +17,9 @@ SERVER = """
 import json, os, resource, signal, sys
 import bitsandbytes, peft
 from transformers.models.llama import modeling_llama
-from fitune.runtime import chat, replanning, train
+from fitune.runtime import chat
+from fitune.runtime.resume import replanning
+from fitune.runtime.training import train
 from fitune.runtime.cli import main
 
 def serve(request):

@@ -167,10 +167,11 @@ def test_evaluation_sees_every_row_once(lengths: list[int], micro_batch_size: in
 
 
 @pytest.mark.parametrize(
-    "module", ["rows", "readers", "records", "sources", "templates", "encoding", "tokens", "data", "mixture", "batches"]
+    "module",
+    ["rows", "readers", "records", "sources", "templates", "encoding", "tokens", "prepare", "mixture", "batches"],
 )
 def test_the_data_modules_are_imported_without_torch(module: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets'}"
-    code = f"import sys, fitune.runtime.{module}; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, fitune.runtime.data.{module}; print(sorted({heavy} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

@@ -76,7 +76,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(
 ) -> None:
     """SIGKILL at random moments of start and training; a quarter of them aim at a checkpoint that is being written."""
     chance, kills, in_writing = random.Random(5), 20, 0
-    tables: dict[str, Any] = {"train": {"max_steps": 120, "eval_every": 40}, "output": {"dir": "run", "save_every": 3}}
+    tables: dict[str, Any] = {"train": {"max_steps": 400, "eval_every": 100}, "output": {"dir": "run", "save_every": 3}}
     for name in ("whole", "killed"):
         write_recipe(tmp_path / name, llama, **tables)
     code, said = commands.run(tmp_path / "whole", "run", "recipe.toml")

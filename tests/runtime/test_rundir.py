@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from fitune.recipes.errors import RunError
+from fitune.runtime.resume.checkpoints import CheckpointStore
 from fitune.runtime.rundir import RunDirectory
 
 HOLD = """
 import sys
 from pathlib import Path
+from fitune.runtime.resume.checkpoints import CheckpointStore
 from fitune.runtime.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])):
     print("held", flush=True)
@@ -143,3 +145,32 @@ def test_a_full_disk_is_said_in_one_message(tmp_path: Path) -> None:
     ):
         Path("/dev/full").write_text("feta")
     assert list_files(tmp_path) == []
+
+
+def test_a_checkpoint_whose_removal_breaks_off_is_none_and_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a kill during rotation left a checkpoint that lacked files under its name."""
+
+    def fill(folder: Path) -> dict[str, str]:
+        (folder / "state.json").write_text("{}")
+        return {}
+
+    def break_off(folder: Path, **_: object) -> None:
+        (folder / "state.json").unlink()
+        raise OSError("killed")
+
+    with RunDirectory(tmp_path / "run") as directory:
+        store = CheckpointStore(directory)
+        for step in (1, 2, 3):
+            store.write(step, fill, needed_bytes=0)
+        with monkeypatch.context() as broken:
+            broken.setattr("fitune.runtime.resume.checkpoints.shutil.rmtree", break_off)
+            store.rotate(2, None)
+        assert store.list_steps() == [2, 3]
+        assert all(store.find(step) for step in (2, 3))
+    with RunDirectory(tmp_path / "run", resume=True):
+        assert sorted(one.name for one in (tmp_path / "run" / "checkpoints").iterdir()) == [
+            "step-000002",
+            "step-000003",
+        ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_tokenizers import CHATML, MARKED, build_tokenizer
 
-from fitune.runtime import data, token_cache
+from fitune.runtime.data import prepare, token_cache
 from fitune.runtime.data.prepare import tokenize_sources
 from fitune.runtime.data.rows import Message, Row
 from fitune.runtime.data.sources import SourceRows
@@ -41,7 +41,7 @@ def refuse_to_tokenize(monkeypatch: pytest.MonkeyPatch) -> None:
         def tokenize(self, row: Row) -> list[object]:  # type: ignore[override]
             raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(data, "RowTokenizer", Refusing)
+    monkeypatch.setattr(prepare, "RowTokenizer", Refusing)
 
 
 def test_rows_come_out_of_the_cache_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
