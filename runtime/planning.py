@@ -144,11 +144,12 @@ class Job:
         if inputs.device.kind == "cpu":
             return None, None
         try:
-            from .rehearsal.measure import Rehearsal
+            from .rehearsal.measure import Rehearsal, Traces
         except ImportError:
             return None, None
         length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge
-        rehearsal = Rehearsal(self.source.config, self.shape, inputs.device, sequence_length=length, merge=merge)
+        traces = Traces(self.source.config, sequence_length=length)
+        rehearsal = Rehearsal(traces, self.shape, inputs.device, merge=merge)
         return rehearsal.measure, rehearsal.time
 
     def find_inputs(self, *, quick: bool, device: Device | None = None) -> PlanInputs:

@@ -20,7 +20,7 @@ from ...planner.speed import StepTime
 from ...planner.strategy import Device
 from ..model.meta_shape import make_shape_of_model
 from .accuracy import load_rows, make_device, make_spread, make_strategy
-from .measure import Rehearsal
+from .measure import Rehearsal, Traces
 
 SHORTEST_SECONDS = 0.5
 """Steps below this are noisy: three were measured, and they wait for the host."""
@@ -82,7 +82,7 @@ def time_row(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) 
     strategy, length = make_strategy(row, shape.layers), row["sequence_length"]
     return TimedRow(
         row=row,
-        rehearsed=Rehearsal(config, shape, device, sequence_length=length, merge=False).time(strategy),
+        rehearsed=Rehearsal(Traces(config, sequence_length=length), shape, device, merge=False).time(strategy),
         closed_forms=make_closed_form_clock(shape, device, length)(strategy),
     )
 

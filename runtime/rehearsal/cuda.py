@@ -48,12 +48,10 @@ EMBEDDING_INDEX_BUFFERS = 6
 class CudaCard:
     """What of a card decides what its kernels allocate.
 
-    major:           compute capability before the point
-    multiprocessors: how many the card has
+    major: compute capability before the point; 9 stands for all later ones, whose kernels allocate alike
     """
 
     major: int = 9
-    multiprocessors: int = 132
 
     @property
     def workspace_bytes(self) -> int:

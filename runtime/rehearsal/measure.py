@@ -93,19 +93,39 @@ def _estimate_quickly(
     return estimate_memory(make_shape(config), strategy, device, sequence_length=sequence_length, merge=merge)
 
 
-class Rehearsal:
-    """Memory and step time of strategies on one device, for rows of one length; each strategy is traced once.
+class Traces:
+    """The traced steps of one model on rows of one length, each once for all cards and budgets that it serves."""
 
-    shape: of the model, for the operations that it needs
+    def __init__(self, config: Mapping[str, Any], *, sequence_length: int) -> None:
+        self.config, self.sequence_length = dict(config), sequence_length
+        self._known: dict[tuple[CudaCard, Strategy], TracedStep] = {}
+
+    def find(self, strategy: Strategy, card: CudaCard) -> TracedStep:
+        """The strategy's step, traced once for all that differ only in the update or the number of micro-batches."""
+        step = strategy.model_copy(
+            update={
+                "optimizer": "adamw",
+                "rounding": "nearest",
+                "learning_rate": 0.0,
+                "expandable_segments": False,
+                "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
+            }
+        )
+        if (card, step) not in self._known:
+            self._known[card, step] = trace_step(self.config, step, card, sequence_length=self.sequence_length)
+        return self._known[card, step]
+
+
+class Rehearsal:
+    """Memory and step time of strategies on one device.
+
+    traces: of the model on rows of one length; shared by the devices that it is planned for
+    shape:  of the model, for the operations that it needs
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], shape: ModelShape, device: Device, *, sequence_length: int, merge: bool
-    ) -> None:
-        self._config, self._shape, self._device = dict(config), shape, device
-        self._length, self._merge = sequence_length, merge
+    def __init__(self, traces: Traces, shape: ModelShape, device: Device, *, merge: bool) -> None:
+        self._traces, self._shape, self._device, self._merge = traces, shape, device, merge
         self._known: dict[Strategy, tuple[Memory, StepTime]] = {}
-        self._traced: dict[Strategy, TracedStep] = {}
 
     def measure(self, strategy: Strategy) -> Memory:
         """The memory of a run of `strategy`."""
@@ -117,42 +137,27 @@ class Rehearsal:
 
     def _rehearse(self, strategy: Strategy) -> tuple[Memory, StepTime]:
         if strategy not in self._known:
-            device = self._device
-            quick = _estimate_quickly(self._config, strategy, device, self._length, merge=self._merge)
-            traced = self._trace(strategy)
+            device, length = self._device, self._traces.sequence_length
+            quick = _estimate_quickly(self._traces.config, strategy, device, length, merge=self._merge)
+            traced = self._traces.find(strategy, find_card(device))
             time = time_step(
                 traced,
                 strategy,
                 find_order_rates(device),
-                flops_per_token=estimate_model_flops(self._shape, strategy, self._length),
-                length=self._length,
+                flops_per_token=estimate_model_flops(self._shape, strategy, length),
+                length=length,
             )
             self._known[strategy] = _measure(traced, strategy, device, quick, merge=self._merge), time
         return self._known[strategy]
 
-    def _trace(self, strategy: Strategy) -> TracedStep:
-        """The strategy's step, traced once for all that differ only in the update or the number of micro-batches."""
-        step = strategy.model_copy(
-            update={
-                "optimizer": "adamw",
-                "rounding": "nearest",
-                "learning_rate": 0.0,
-                "expandable_segments": False,
-                "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
-            }
-        )
-        if step not in self._traced:
-            self._traced[step] = trace_step(self._config, step, find_card(self._device), sequence_length=self._length)
-        return self._traced[step]
-
 
 def find_card(device: Device) -> CudaCard:
-    """What the catalog knows of the card; one that it does not know is taken for the measured one."""
+    """What the catalog knows of the card; one that it does not know, or a later one, is taken for the measured one."""
     try:
         major = int(find_gpu(device.name).compute_capability.split(".")[0])
     except DeviceError:
         return CudaCard()
-    return CudaCard(major=major)
+    return CudaCard(major=min(major, CudaCard.major))
 
 
 def context_bytes(strategy: Strategy, device: Device) -> int:

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from fitune.planner.catalog import find_gpu, make_catalog_device
 from fitune.planner.families import FAMILIES
 from fitune.planner.memory import Memory
 from fitune.planner.shape import make_shape
 from fitune.planner.strategy import Device, DeviceConstant, Strategy
 from fitune.recipes.errors import ModelError
+from fitune.recipes.schema import BudgetTable
 from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
 from fitune.runtime.rehearsal.cuda import CudaCard
-from fitune.runtime.rehearsal.measure import Rehearsal, count_unsure, rehearse
+from fitune.runtime.rehearsal.measure import Rehearsal, Traces, count_unsure, rehearse
 from fitune.runtime.rehearsal.trace import TracedStep, trace_step
 from fitune.runtime.rehearsal.watch import WORKSPACES
 
@@ -211,9 +213,26 @@ def test_strategies_that_differ_in_the_update_share_one_trace(monkeypatch: pytes
         return trace_step(config, strategy, card, sequence_length=sequence_length)
 
     monkeypatch.setattr("fitune.runtime.rehearsal.measure.trace_step", count)
-    rehearsal = Rehearsal(LLAMA, make_shape(LLAMA), make_device(), sequence_length=256, merge=False)
+    rehearsal = Rehearsal(Traces(LLAMA, sequence_length=256), make_shape(LLAMA), make_device(), merge=False)
     assert [rehearsal.measure(strategy) for strategy in strategies] == alone
     assert len(traced) == 3
+
+
+def test_cards_and_budgets_share_a_trace_where_their_kernels_allocate_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = (find_gpu(name) for name in ("RTX 4090", "A100 80GB", "H100 80GB", "B200"))
+    devices = [make_catalog_device(card, BudgetTable()) for card in cards]
+    alone = [rehearse(LLAMA, make_strategy(), device, sequence_length=256, merge=False) for device in devices]
+    traced: list[CudaCard] = []
+
+    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+        traced.append(card)
+        return trace_step(config, strategy, card, sequence_length=sequence_length)
+
+    monkeypatch.setattr("fitune.runtime.rehearsal.measure.trace_step", count)
+    traces = Traces(LLAMA, sequence_length=256)
+    shared = [Rehearsal(traces, make_shape(LLAMA), device, merge=False).measure(make_strategy()) for device in devices]
+    assert shared == alone
+    assert [card.major for card in traced] == [8, 9]
 
 
 def test_what_the_addresses_may_change_is_required_twice() -> None:
@@ -283,7 +302,7 @@ def test_flash_attention_2_is_rehearsed_as_the_fused_attention_that_it_is() -> N
 
 def test_the_measure_gives_what_the_rehearsal_gives() -> None:
     """Forward and backward are traced once for all optimizers."""
-    rehearsal = Rehearsal(LLAMA, make_shape(LLAMA), make_device(), sequence_length=256, merge=False)
+    rehearsal = Rehearsal(Traces(LLAMA, sequence_length=256), make_shape(LLAMA), make_device(), merge=False)
     predict(LLAMA, make_strategy())  # fills the caches that the first trace of a process makes
     for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
         strategy = make_strategy(optimizer=optimizer)

@@ -24,7 +24,7 @@ from fitune.runtime.rehearsal.accuracy_speed import (
     render_speed_table,
     time_row,
 )
-from fitune.runtime.rehearsal.measure import Rehearsal
+from fitune.runtime.rehearsal.measure import Rehearsal, Traces
 from fitune.runtime.rehearsal.time import list_works, time_step
 
 DATA = Path(__file__).parents[1] / "data"
@@ -115,7 +115,7 @@ def test_compiled_layers_move_fewer_bytes_and_compute_the_same() -> None:
 def test_memory_and_time_come_from_one_trace() -> None:
     strategy = make_strategy(gradient_accumulation_steps=4)
     shape = make_shape(LLAMA)
-    rehearsal = Rehearsal(LLAMA, shape, make_device(), sequence_length=LENGTH, merge=False)
+    rehearsal = Rehearsal(Traces(LLAMA, sequence_length=LENGTH), shape, make_device(), merge=False)
     time = rehearsal.time(strategy)
     assert time.estimator == rehearsal.measure(strategy).estimator == "rehearsal"
     assert time.tokens == 4 * 2 * LENGTH
