@@ -37,6 +37,7 @@ from ..rundir import REPORT_NAME, RunDirectory
 from ..versions import find_versions
 from .allocation import limit_allocator, use_expandable_segments
 from .forgetting import make_forgetting
+from .garbage import frozen_garbage
 from .judge import Judge
 from .live import LiveLine
 from .loop import Progress, TrainingLoop
@@ -192,7 +193,7 @@ class Run:
             predicted=self.plan.speed,
         )
         try:
-            with line:
+            with line, frozen_garbage():
                 if self.session.checkpoint is not None and self._between_steps(built, loop, meter):
                     return "finished"
                 for batch in loop.batches:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from fitune.recipes.errors import DataError, ModelError, RunError
 from fitune.runtime.planning import Job
 from fitune.runtime.running import RunOptions, find_run_path
 from fitune.runtime.training.live import LiveLine
+from fitune.runtime.training.loop import TrainingLoop
 from fitune.runtime.training.train import run_job
 
 DOCUMENTS = {"run.json", "plan.json", "recipe.toml", "metrics.jsonl", "samples.jsonl"}
@@ -370,3 +372,19 @@ def test_the_live_line_sets_the_speed_beside_the_plans() -> None:
     with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=planned) as line:
         line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=2**29, seconds_left=0)
     assert "1,500 tokens/s of 2,000 planned, MFU 30%" in file.getvalue()
+
+
+def test_while_a_model_trains_garbage_collections_leave_out_what_was_there_before(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+    step = TrainingLoop.step
+
+    def count_frozen(loop: TrainingLoop, *args: Any) -> None:
+        frozen.append(gc.get_freeze_count())
+        step(loop, *args)
+
+    monkeypatch.setattr(TrainingLoop, "step", count_frozen)
+    run_recipe_file(write_recipe(tmp_path, llama, train={"max_steps": 2}))
+    assert len(frozen) == 2 and min(frozen) > 100_000
+    assert gc.get_freeze_count() == 0, "what a merge frees has to go"
