@@ -106,7 +106,7 @@ def test_a_light_command_never_imports_torch(words: list[str], tmp_path: Path) -
         f"print('HEAVY', sorted({HEAVY!r} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
 
 
