@@ -44,11 +44,9 @@ class Setting:
 
 
 def list_methods(recipe: Recipe) -> tuple[Method, ...]:
-    """The methods to try in their order; an adapter to continue rules full fine-tuning out."""
-    methods = recipe.method.prefer if recipe.method.kind == "auto" else (recipe.method.kind,)
-    if recipe.method.adapter is not None:
-        methods = tuple(method for method in methods if method != "full")
-    return methods
+    """The methods to try in their order; the optimizer in backward is for full fine-tuning alone."""
+    only_full = recipe.train.optimizer_in_backward is True
+    return tuple(method for method in recipe.method.tried if method == "full" or not only_full)
 
 
 def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setting, ...]:
@@ -96,12 +94,11 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
     """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
-    for setting, checkpointed, head, optimizer, micro, compiled in product(
-        list_settings(recipe, device, method),
+    for (setting, micro, in_backward), checkpointed, head, optimizer, compiled in product(
+        _list_settings_of_batches(recipe, device, method),
         _list_checkpointed_layers(recipe, shape),
         _list_loss_heads(recipe, method, shape),
         AUTO_OPTIMIZERS[device.kind] if train.optimizer == "auto" else (train.optimizer,),
-        _list_micro_batch_sizes(recipe),
         _list_compile(recipe, device, shape),
     ):
         adapter_dtype: Dtype | None = None
@@ -124,6 +121,8 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             checkpointed_layers=checkpointed,
             loss_head=head,
             optimizer=optimizer,
+            optimizer_in_backward=in_backward,
+            clips_gradients=train.max_grad_norm != "off",
             compile=compiled,
             packing=recipe.data.packing,
             activation_offload=train.activation_offload,
@@ -186,6 +185,24 @@ def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple
     return (asked,)
 
 
+def _list_settings_of_batches(recipe: Recipe, device: Device, method: Method) -> Iterator[tuple[Setting, int, bool]]:
+    """Dtypes and micro-batch sizes, each with and without the optimizer in backward as far as the recipe leaves that
+    open: it needs all of the global batch in one micro-batch, gradients that nobody clips, and no gradient scaler."""
+    asked, whole = recipe.train.optimizer_in_backward, recipe.train.global_batch_size
+    for setting in list_settings(recipe, device, method):
+        if asked is True and setting.compute == "fp16":
+            raise PlanError(
+                f"train.optimizer_in_backward: {device.name} computes in fp16, whose gradient scaler looks at all "
+                "gradients before an update: leave it out"
+            )
+        is_possible = method == "full" and recipe.train.max_grad_norm == "off" and setting.compute != "fp16"
+        for size in _list_micro_batch_sizes(recipe):
+            if asked is not True:
+                yield setting, size, False
+            if is_possible and asked is not False and size == whole:
+                yield setting, size, True
+
+
 def _list_micro_batch_sizes(recipe: Recipe) -> tuple[int, ...]:
     """Divisors of the global batch: the planner splits it and never changes it."""
     if recipe.train.micro_batch_size != "auto":
@@ -200,8 +217,10 @@ def is_rounded(strategy: Strategy) -> bool:
     return strategy.method == "full" and strategy.weights_dtype != "fp32"
 
 
-def preference(strategy: Strategy) -> tuple[int, int, int]:
-    """Between equally fast candidates: the less lossy optimizer, unpaged before paged, then the loss head that does
-    nothing in chunks, then the smaller micro-batch, which needs less memory and pads less."""
+def preference(strategy: Strategy) -> tuple[int, ...]:
+    """Between equally fast candidates: the less lossy optimizer, unpaged before paged, then the update that is made
+    whole or not at all, then the loss head that does nothing in chunks, then the smaller micro-batch, which needs less
+    memory and pads less."""
     optimizer = 2 * OPTIMIZER_LOSSINESS[strategy.optimizer] + strategy.optimizer.startswith("paged")
-    return optimizer, LOSS_HEADS.index(strategy.loss_head), strategy.micro_batch_size
+    head = LOSS_HEADS.index(strategy.loss_head)
+    return optimizer, strategy.optimizer_in_backward, head, strategy.micro_batch_size

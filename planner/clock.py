@@ -10,7 +10,7 @@ from ..recipes.schema import Recipe
 from .catalog import find_gpu
 from .rates import OPERATION_SECONDS, make_gpu_rates
 from .shape import ModelShape
-from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, make_speed, make_step_time, shorten
+from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, join_phases, make_speed, make_step_time, shorten
 from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work
 from .strategy import DataFacts, Device, Rates, Strategy
 
@@ -61,12 +61,17 @@ def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: i
 
     @cache
     def clock(strategy: Strategy) -> StepTime:
-        alike = strategy.model_copy(update={"optimizer": "adamw", "gradient_accumulation_steps": 1})
+        alike = strategy.model_copy(
+            update={"optimizer": "adamw", "optimizer_in_backward": False, "gradient_accumulation_steps": 1}
+        )
         update = estimate_shape_update_work(shape, strategy)
         phases = {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
         tokens = strategy.micro_batch_size * sequence_length
         flops = estimate_model_flops(shape, strategy, sequence_length) * tokens
         micro_batch = time_micro_batch(alike)
+        if strategy.optimizer_in_backward:
+            joined = join_phases("backward", (micro_batch["backward"], *phases.values()), rates)
+            micro_batch, phases = micro_batch | {"backward": joined}, {}
         return make_step_time(
             micro_batch,
             phases,

@@ -150,8 +150,9 @@ def _list_instants(
     step = act.StepShape(shape, strategy, sequence_length)
     for phase, live in _list_step_instants(step, gradients, offloads=_offloads(strategy, device)):
         yield at(phase, optimizer=states, **live)
-    yield at("clip", optimizer=states, gradients=gradients)
-    yield at("optimizer", optimizer=states, gradients=gradients, temporary=_optimizer_temporary(shape, strategy))
+    if not strategy.optimizer_in_backward:
+        yield at("clip", optimizer=states, gradients=gradients)
+        yield at("optimizer", optimizer=states, gradients=gradients, temporary=_optimizer_temporary(shape, strategy))
     for live in _list_evaluation_instants(step):
         yield at("evaluate", optimizer=states, **live)
     yield at("save", optimizer=states)
@@ -186,9 +187,16 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
     cast_layers = (shape.layers if offloads else checkpointed) if step.trains_base else 0
     cached = act.estimate_cast_bytes(step) * cast_layers // shape.layers
     head_forward, head_backward = act.estimate_head_bytes(step)
-    before = gradients if strategy.gradient_accumulation_steps > 1 else 0
     head_gradient = step.weight_bytes * shape.head.weight_parameters if step.trains_base else 0
+    before = gradients if strategy.gradient_accumulation_steps > 1 else 0
     at_head = max(before, head_gradient)
+
+    def gradients_after(layers: int) -> int:
+        """What is left of them when so many layers, the last ones first, have theirs."""
+        if strategy.optimizer_in_backward:
+            return head_gradient if shape.tied else 0
+        return at_head + (gradients - at_head) * layers // shape.layers
+
     yield "forward", {"gradients": before, "activations": kept + cached, "loss_head": head_forward}
     yield "backward", {"gradients": at_head, "activations": kept, "loss_head": head_backward}
     for block in shape.blocks:
@@ -198,17 +206,39 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
             yield "forward", {"gradients": before, "activations": cached + first}
         if checkpointed < shape.layers:
             own = size if offloads else 0
-            yield "backward", {"gradients": at_head, "activations": kept - final + own, "temporary": flowing}
+            left = gradients_after(0)
+            yield "backward", {"gradients": left, "activations": kept - final + own, "temporary": flowing}
         if checkpointed:
             extra, recast = act.estimate_recast_bytes(step, block)
             own = extra + (first if offloads else checkpointed * checkpoint + size)
-            after = at_head + (gradients - at_head) * (shape.layers - checkpointed) // shape.layers
-            yield "backward", {"gradients": after, "activations": own, "temporary": max(flowing, recast)}
-        yield "backward", {"gradients": gradients, "activations": first, "temporary": flowing}
+            left = gradients_after(shape.layers - checkpointed)
+            yield "backward", {"gradients": left, "activations": own, "temporary": max(flowing, recast)}
+        yield "backward", {"gradients": gradients_after(shape.layers), "activations": first, "temporary": flowing}
     if step.trains_base and shape.tied:
         # The embedding's own gradient is as large as its weight, and is added to the head's at the very end.
         dense = step.weight_bytes * shape.embedding_parameters
-        yield "backward", {"gradients": gradients, "activations": checkpoint, "temporary": dense}
+        left = gradients_after(shape.layers)
+        yield "backward", {"gradients": left, "activations": checkpoint, "temporary": dense}
+    if strategy.optimizer_in_backward:
+        for live in _list_update_instants(step, kept - final):
+            yield "backward", live
+
+
+def _list_update_instants(step: act.StepShape, kept: int) -> Iterator[dict[str, int]]:
+    """Updates in backward: of the head, of the last layer, whose activations are gone by then, and of the embedding.
+
+    kept: activations when the last layer begins; the gradient of the residual stream is beside the rest
+    """
+    shape, temporary = step.shape, _optimizer_temporary(step.shape, step.strategy) + act.estimate_checkpoint_bytes(step)
+    head = step.weight_bytes * shape.head.weight_parameters
+    yield {"gradients": head, "activations": kept, "temporary": temporary}
+    held = head if shape.tied else 0
+    for block in shape.blocks:
+        checkpointed = step.checkpointed_layers == shape.layers
+        own = act.estimate_checkpoint_bytes(step) if checkpointed else act.estimate_layer_bytes(step, block)
+        gradients = held + step.weight_bytes * block.parameters
+        yield {"gradients": gradients, "activations": max(kept - own, 0), "temporary": temporary}
+    yield {"gradients": step.weight_bytes * shape.embedding_parameters, "temporary": temporary}
 
 
 def _load_temporary(shape: ModelShape, strategy: Strategy) -> int:

@@ -36,12 +36,14 @@ MAY_DIFFER = {
     "checkpointed_layers",
     "gradient_checkpointing",
     "loss_head",
+    "save_attention",
+    "optimizer_in_backward",
     "compile",
     "activation_offload",
     "expandable_segments",
 }
 """Fields of a strategy that change memory and speed, and the result by rounding alone."""
-Rank = tuple[bool, int, int, int, int]
+Rank = tuple[int, ...]
 """Of two strategies the one with the lower rank is preferred."""
 
 
@@ -356,4 +358,11 @@ class _Judge:
 
 
 def _kind(strategy: Strategy) -> tuple[object, ...]:
-    return strategy.method, strategy.weights_dtype, strategy.loss_head, strategy.compile
+    return (
+        strategy.method,
+        strategy.weights_dtype,
+        strategy.loss_head,
+        strategy.compile,
+        strategy.save_attention,
+        strategy.optimizer_in_backward,
+    )

@@ -179,6 +179,14 @@ def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> Phase
     return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
 
 
+def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates) -> PhaseTime:
+    """Phases whose operations follow one another without a pause."""
+    joined = tuple(phases)
+    device, host = sum(one.device_seconds for one in joined), sum(one.host_seconds for one in joined)
+    seconds = max(device, host) if rates.overlaps else device + host
+    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
+
+
 def make_step_time(
     micro_batch: Mapping[str, PhaseTime],
     update: Mapping[str, PhaseTime],

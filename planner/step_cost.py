@@ -60,6 +60,9 @@ STOCHASTIC_BYTES = 48
 UPDATE_CALLS = 3
 """Operations that bitsandbytes starts for a tensor, and Adafactor's ten: one by one, in Python."""
 CHUNK_ELEMENTS = 2**24
+GROUPS_BESIDE = 3
+"""Groups of parameters that are updated in backward beside the layers': the head's, the final norm's, the embedding's.
+"""
 
 
 def estimate_micro_batch_work(
@@ -250,23 +253,28 @@ def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
 
 def estimate_shape_update_work(shape: ModelShape, strategy: Strategy) -> dict[str, tuple[Work, ...]]:
     """Clipping and the update of all that a strategy trains."""
-    return estimate_update_work(list_trainable_tensors(shape, strategy), strategy, trainable_dtype(strategy))
+    tensors, dtype = list_trainable_tensors(shape, strategy), trainable_dtype(strategy)
+    return estimate_update_work(tensors, strategy, dtype, groups=shape.layers + GROUPS_BESIDE)
 
 
 def estimate_update_work(
-    tensors: tuple[tuple[int, int], ...], strategy: Strategy, dtype: Dtype
+    tensors: tuple[tuple[int, int], ...], strategy: Strategy, dtype: Dtype, *, groups: int
 ) -> dict[str, tuple[Work, ...]]:
     """Clipping and the optimizer's update of (elements, how many) tensors.
 
-    Clipping reads the gradients and scales them: 3 w bytes an element. An update reads weight and gradient and writes
-    the weight, 3 w, and reads and writes its states. A weight that is rounded stochastically is updated in fp32, part
-    by part. Paged states stay on the card for as long as they fit, which a plan sees to.
+    Clipping reads the gradients for their norm and scales them: 3 w bytes an element, of which the norm is one. An
+    update reads weight and gradient and writes the weight, 3 w, and reads and writes its states. A weight that is
+    rounded stochastically is updated in fp32, part by part. Paged states stay on the card for as long as they fit,
+    which a plan sees to.
+
+    groups: of parameters that are updated together, if in backward; else all are one
     """
     width = DTYPE_BYTES[dtype]
     elements, number = sum(size * count for size, count in tensors), sum(count for _, count in tensors)
     parts = sum(count * -(-size // CHUNK_ELEMENTS) for size, count in tensors)
     name, rounds = strategy.optimizer, strategy.rounding == "stochastic" and dtype == "bf16"
-    moved, calls = 0.0, 10.0
+    together = 10.0 * (groups if strategy.optimizer_in_backward else 1)
+    moved, calls = 0.0, together
     if name == "adamw":
         moved, calls = (7 * 4 + 4 * 6 + 3 * STOCHASTIC_BYTES, 30 * parts) if rounds else (7 * width, calls)
     elif name == "adafactor":
@@ -276,7 +284,8 @@ def estimate_update_work(
         moved, calls = 3 * width + state, UPDATE_CALLS * number
         if rounds:
             moved, calls = 12 + 12 + state + STOCHASTIC_BYTES, 12 * parts
+    read = (3 if strategy.clips_gradients else 1) * width
     return {
-        "clip": (Work(kind="memory", bytes=3 * width * elements, calls=10),),
+        "clip": (Work(kind="memory", bytes=read * elements, calls=together),),
         "optimizer": (Work(kind="memory", bytes=moved * elements, calls=calls),),
     }

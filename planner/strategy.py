@@ -132,7 +132,10 @@ class Strategy(Value):
                       them again in backward; `fused` computes their gradient chunk by chunk in the forward
     recasts_adapter_inputs: a checkpointed layer that is computed again copies adapters' inputs to the adapters' dtype,
                       as peft does; true of measured steps alone, no plan does it
+    save_attention:   checkpointed layers keep attention's output, so that backward need not compute it again
     optimizer:        one of the recipe's names
+    optimizer_in_backward: a layer is updated in backward, as soon as its gradients are there, which are freed then
+    clips_gradients:  whether gradients are scaled to a norm
     compile:          layers compiled, and with them the fused loss head
     packing:          short rows put together, which gives every attention but varlen an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
@@ -155,7 +158,10 @@ class Strategy(Value):
     checkpointed_layers: int = Field(ge=0)
     loss_head: LossHead
     recasts_adapter_inputs: bool = False
+    save_attention: bool = False
     optimizer: Optimizer
+    optimizer_in_backward: bool = False
+    clips_gradients: bool = True
     compile: bool = False
     packing: bool = False
     activation_offload: bool = False

@@ -178,6 +178,12 @@ class MethodTable(Table):
         return adapter
 
     @property
+    def tried(self) -> tuple[Literal["full", "lora", "qlora"], ...]:
+        """The methods to try in their order; an adapter to continue rules full fine-tuning out."""
+        methods = self.prefer if self.kind == "auto" else (self.kind,)
+        return tuple(method for method in methods if self.adapter is None or method != "full")
+
+    @property
     def lora_alpha(self) -> int:
         """alpha, or twice the rank."""
         return 2 * self.rank if self.alpha is None else self.alpha
@@ -241,12 +247,15 @@ class TrainTable(Table):
     """Share of the steps in which the learning rate rises, 0 or more and below 1."""
     weight_decay: Share = 0.0
     """AdamW's decoupled weight decay, 0 or more and below 1."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this L2 norm, above 0."""
+    max_grad_norm: Literal["off"] | Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this L2 norm, above 0; or off."""
     optimizer: Literal["auto", "adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"] = (
         "auto"
     )
     """Optimizer, and with it the bytes of its states."""
+    optimizer_in_backward: Literal["auto"] | bool = "auto"
+    """Whether backward updates each layer as soon as its gradients are there, and frees them; for full fine-tuning
+    with max_grad_norm off and micro_batch_size = global_batch_size; auto: where it fits better or is faster."""
     gradient_checkpointing: Literal["auto"] | bool | Count = "auto"
     """Whether layers are computed again in backward instead of kept: all, none, or the first so many of them."""
     loss_head: Literal["auto", "full", "chunked", "fused"] = "auto"
@@ -272,6 +281,23 @@ class TrainTable(Table):
         if epochs is not None and info.data.get("max_steps") is not None:
             raise ValueError("excludes train.max_steps: give one of the two")
         return epochs
+
+    @field_validator("optimizer_in_backward")
+    @classmethod
+    def _check_in_backward(cls, asked: Literal["auto"] | bool, info: ValidationInfo) -> Literal["auto"] | bool:
+        if asked is not True:
+            return asked
+        micro, whole = info.data.get("micro_batch_size"), info.data.get("global_batch_size")
+        if info.data.get("max_grad_norm", "off") != "off":
+            raise ValueError(
+                'true excludes clipping, which needs all gradients at once: set train.max_grad_norm = "off" too'
+            )
+        if micro not in (None, "auto", whole) and whole is not None:
+            raise ValueError(
+                f"true excludes gradient accumulation: leave train.micro_batch_size = {micro} out, or set it to "
+                f"train.global_batch_size = {whole}"
+            )
+        return asked
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -322,6 +348,16 @@ class Recipe(Table):
         data = info.data.get("data")
         if train.early_stopping_patience is not None and data is not None:
             _check_evaluates("early_stopping_patience", data, train)
+        return train
+
+    @field_validator("train")
+    @classmethod
+    def _check_in_backward(cls, train: TrainTable, info: ValidationInfo) -> TrainTable:
+        method = info.data.get("method")
+        if train.optimizer_in_backward is True and method is not None and "full" not in method.tried:
+            raise ValueError(
+                'optimizer_in_backward = true is for method.kind = "full": the gradients of adapters are small'
+            )
         return train
 
     @field_validator("train")

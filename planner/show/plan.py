@@ -14,7 +14,7 @@ from ...recipes.units import format_bytes, format_count, format_seconds
 from ..memory import Memory
 from ..plan import Plan, Rejected
 from ..strategy import Device, Strategy
-from .reasons import METHOD_NAMES, OPTIMIZER_NAMES, describe_energy, describe_speed
+from .reasons import METHOD_NAMES, describe_energy, describe_optimizer, describe_speed
 from .timeline import COMPONENT_COLORS, COMPONENT_WORDS, render_timeline
 
 METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
@@ -65,7 +65,7 @@ def describe_facts(plan: Plan) -> list[tuple[str, str]]:
             f"{batch} rows a step = {strategy.micro_batch_size} at a time x {strategy.gradient_accumulation_steps}",
         ),
         ("memory", _describe_savings(plan)),
-        ("optimizer", f"{OPTIMIZER_NAMES[strategy.optimizer]}, learning rate {strategy.learning_rate:g}"),
+        ("optimizer", f"{describe_optimizer(strategy)}, learning rate {strategy.learning_rate:g}"),
         ("data", f"{data}{steps}"),
         *describe_pace(plan),
     ]
@@ -228,8 +228,8 @@ def _describe_kind(strategy: Strategy) -> str:
 
 def describe_candidate(strategy: Strategy) -> str:
     """What tells a candidate from the others, in a line."""
-    optimizer = OPTIMIZER_NAMES[strategy.optimizer]
-    return f"{_describe_kind(strategy)}, {strategy.micro_batch_size} at a time, {strategy.loss_head} head, {optimizer}"
+    rows, head = strategy.micro_batch_size, strategy.loss_head
+    return f"{_describe_kind(strategy)}, {rows} at a time, {head} head, {describe_optimizer(strategy)}"
 
 
 def describe_verdict(plan: Plan) -> tuple[str, str]:

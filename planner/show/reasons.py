@@ -21,6 +21,11 @@ METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 DEVICE_WORDS = {"device": "in the budget", "host": "of RAM free", "disk": "of disk free"}
 
 
+def describe_optimizer(strategy: Strategy) -> str:
+    """Such as `8-bit AdamW in backward`."""
+    return OPTIMIZER_NAMES[strategy.optimizer] + (" in backward" if strategy.optimizer_in_backward else "")
+
+
 def describe_strategy(strategy: Strategy) -> str:
     """Such as `LoRA, bf16 weights, checkpointing, chunked head, AdamW, 4 x 4 rows`."""
     parts = [METHOD_NAMES[strategy.method]]
@@ -29,7 +34,7 @@ def describe_strategy(strategy: Strategy) -> str:
     parts.append(f"{checkpointed} layers checkpointed" if checkpointed else "no checkpointing")
     parts += ["offload"] if strategy.activation_offload else []
     parts.append(f"{strategy.loss_head} head")
-    parts.append(OPTIMIZER_NAMES[strategy.optimizer])
+    parts.append(describe_optimizer(strategy))
     parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
     return ", ".join(parts)
 

@@ -13,7 +13,7 @@ from ...recipes.units import format_bytes, format_count, format_seconds
 from ..strategy import Strategy
 from ..views import Axis, Card, Cell, FailedCell, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
 from .plan import METHOD_WORDS
-from .reasons import OPTIMIZER_NAMES
+from .reasons import describe_optimizer
 
 ESTIMATOR_WORDS = {"closed_forms": "closed forms", "rehearsal": "a rehearsal of the step"}
 LIMIT_WORDS = {"host": "RAM", "disk": "disk", "time": "time"}
@@ -51,7 +51,7 @@ def _render_cards(cards: Sequence[Card]) -> Table:
             _describe_method(strategy),
             f"{strategy.checkpointed_layers} layers" if strategy.checkpointed_layers else "no",
             f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}",
-            OPTIMIZER_NAMES[strategy.optimizer],
+            describe_optimizer(strategy),
             _gib(card.required_bytes),
             _render_headroom(card),
             "" if card.tokens_per_second is None else f"{card.tokens_per_second:,.0f}",
@@ -97,7 +97,7 @@ def describe_briefly(strategy: Strategy) -> str:
     parts += [f"{strategy.checkpointed_layers} layers checkpointed"] if strategy.checkpointed_layers else []
     parts += [f"{strategy.loss_head} head"] if strategy.loss_head != "full" else []
     parts.append(f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps} rows")
-    parts.append(OPTIMIZER_NAMES[strategy.optimizer])
+    parts.append(describe_optimizer(strategy))
     return ", ".join(parts)
 
 

@@ -76,12 +76,7 @@ class _Extension:
 
     def _copy(self) -> dict[Key, int]:
         """Numbers for the storages of one more block like the template."""
-        copied, recording = {}, self.recording
-        for key, number in self.made[self.template].items():
-            recording.sizes.append(recording.sizes[number])
-            recording.components.append(recording.components[number])
-            copied[key] = len(recording.sizes) - 1
-        return copied
+        return {key: self.recording.copy(number) for key, number in self.made[self.template].items()}
 
     def check(self) -> None:
         """The three middle blocks must make the same storages and treat them, and their neighbours', alike."""

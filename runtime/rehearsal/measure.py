@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...planner.allocator import SEGMENT_ORDERS, CachingAllocator, SegmentOrder
@@ -18,6 +18,7 @@ from ...planner.strategy import Device, Strategy
 from ...planner.timeline import EventLog, make_timeline
 from ...recipes.errors import DeviceError, ModelError
 from .cuda import CudaCard
+from .model import TensorSpec
 from .replay import Replay, keep_highest
 from .states import replay_adapters, replay_clip, replay_optimizer, replay_weights
 from .time import time_step
@@ -108,6 +109,7 @@ class Traces:
                 "rounding": "nearest",
                 "learning_rate": 0.0,
                 "expandable_segments": False,
+                "clips_gradients": True,
                 "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
             }
         )
@@ -180,26 +182,40 @@ def replay_run(
         logs: list[EventLog] = []
         for micro_batch in range(min(MICRO_BATCHES, strategy.gradient_accumulation_steps)):
             log = replay.start_log()
+            update = _make_update(replay, strategy, first=step == 0)
             for segment in traced.next if micro_batch else traced.first:
                 if segment.name in ("forward", "backward"):
                     replay.enter(segment.name)
-                replay.play(segment.events, traced.recording, prefix=step)
+                replay.play(segment.events, traced.recording, prefix=step, update=update)
             logs = keep_highest(logs, log)
-        update = replay.start_log()
-        replay.enter("clip")
-        replay_clip(replay, trainable)
-        replay.enter("optimizer")
-        replay_optimizer(replay, trainable, strategy, first=step == 0)
+        if not strategy.optimizer_in_backward:
+            logs.append(replay.start_log())
+            replay.enter("clip")
+            replay_clip(replay, trainable)
+            replay.enter("optimizer")
+            replay_optimizer(replay, trainable, strategy, first=step == 0)
         replay.free_all(step)
-        replay.keep_step([*logs, update])
+        replay.keep_step(logs)
     return replay
+
+
+def _make_update(replay: Replay, strategy: Strategy, *, first: bool) -> Callable[[Sequence[TensorSpec]], None]:
+    """Replays the updates of one backward, one after the other."""
+    done = 0
+
+    def update(tensors: Sequence[TensorSpec]) -> None:
+        nonlocal done
+        replay_optimizer(replay, tensors, strategy, first=first, done=done)
+        done += len(tensors)
+
+    return update
 
 
 def _summarise(
     replay: Replay, traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool
 ) -> Memory:
     """Load and step from the replay; evaluation, saving and merging, RAM and disk from the closed forms."""
-    peak_phase = replay.highest(STEP_PHASES)
+    peak_phase = replay.highest([phase for phase in STEP_PHASES if phase in replay.peaks])
     peak = replay.peaks[peak_phase]
     reserved = replay.allocator.peak_reserved_bytes
     device_bytes = reserved + context_bytes(strategy, device) + replay.managed_bytes

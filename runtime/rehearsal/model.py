@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,19 +157,21 @@ def is_nf4(module: nn.Module, name: str) -> bool:
 
 
 def _make_spec(module: nn.Module, name: str, tensor: Tensor) -> TensorSpec:
-    shape = tensor.shape
-    elements = tensor.numel()
-    quantized = is_nf4(module, name)
-    if quantized:
-        shape = torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
-        elements = shape.numel()
+    if not is_nf4(module, name):
+        return make_tensor_spec(tensor)
+    shape = torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
+    return replace(make_tensor_spec(tensor, shape), quantized=True)
+
+
+def make_tensor_spec(tensor: Tensor, shape: torch.Size | None = None) -> TensorSpec:
+    """A tensor's; shape: where it is stored in another one."""
+    shape = tensor.shape if shape is None else shape
     return TensorSpec(
-        elements=elements,
+        elements=shape.numel(),
         dimensions=len(shape),
         rows=shape[-2] if len(shape) > 1 else 1,
         columns=shape[-1] if len(shape) else 1,
         width=tensor.element_size(),
-        quantized=quantized,
         trainable=isinstance(tensor, nn.Parameter) and tensor.requires_grad,
     )
 

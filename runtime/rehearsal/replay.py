@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ...planner.allocator import Block, CachingAllocator
 from ...planner.memory import Components
 from ...planner.timeline import EventLog
+from .model import TensorSpec
 from .watch import WORKSPACES, Recording
 
 MANAGED_CHUNK_BYTES = 128 * 2**20
@@ -85,11 +86,22 @@ class Replay:
             self._managed_free = taken
         self._managed_free -= size_bytes
 
-    def play(self, events: Iterable[int], recording: Recording, prefix: Hashable) -> None:
-        """Play a recording's events; its storages are told from other plays' by `prefix`. Workspaces stay for good."""
-        sizes, components = recording.sizes, recording.components
+    def play(
+        self,
+        events: Iterable[int],
+        recording: Recording,
+        prefix: Hashable,
+        update: Callable[[Sequence[TensorSpec]], None] = lambda _: None,
+    ) -> None:
+        """Play a recording's events; its storages are told from other plays' by `prefix`. Workspaces stay for good.
+
+        update: replays an update in backward
+        """
+        sizes, components, updates = recording.sizes, recording.components, recording.updates
         for event in events:
-            if event in WORKSPACES:
+            if event in updates:
+                update(updates[event])
+            elif event in WORKSPACES:
                 if event not in self._live:
                     self.allocate(event, sizes[event], components[event])
             elif event >= 0:

@@ -93,16 +93,21 @@ def replay_clip(replay: Replay, trainable: Sequence[TensorSpec]) -> None:
         replay.free(("norm", number))
 
 
-def replay_optimizer(replay: Replay, trainable: Sequence[TensorSpec], strategy: Strategy, *, first: bool) -> None:
-    """An update; the first one makes the states, by each optimizer's own rules."""
+def replay_optimizer(
+    replay: Replay, trainable: Sequence[TensorSpec], strategy: Strategy, *, first: bool, done: int = 0
+) -> None:
+    """An update; the first one makes the states, by each optimizer's own rules.
+
+    done: tensors that were updated before in the same step
+    """
     name, stochastic = strategy.optimizer, strategy.rounding == "stochastic"
-    if first and "8bit" in name:
+    if first and not done and "8bit" in name:
         for table in ("signed", "unsigned"):
             replay.allocate(("state", table), CODE_BYTES, "optimizer")
     if first and name in ("adamw", "adafactor") and not stochastic:
-        for number, spec in enumerate(trainable):
+        for number, spec in enumerate(trainable, start=done):
             _make_state(replay, number, spec, name)
-    for number, spec in enumerate(trainable):
+    for number, spec in enumerate(trainable, start=done):
         if first and (stochastic or name not in ("adamw", "adafactor")):
             _make_state(replay, number, spec, name)
         if name == "adafactor":

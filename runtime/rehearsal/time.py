@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, make_step_time
+from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, join_phases, make_step_time
 from ...planner.step_cost import estimate_update_work
 from ...planner.strategy import Dtype, Rates, Strategy
-from .model import Cut, TensorSpec
+from .model import Cut
 from .trace import TracedStep
 
 PHASES = ("forward", "backward")
@@ -24,9 +24,14 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
     for phase, work in list_works(traced):
         works[phase].append(work)
     tokens = strategy.micro_batch_size * length
+    micro_batch = {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
+    update = time_update(traced, strategy, rates)
+    if strategy.optimizer_in_backward:  # whose own operations were traced, the norm's among them
+        joined = join_phases("backward", (micro_batch["backward"], update["optimizer"]), rates)
+        micro_batch, update = micro_batch | {"backward": joined}, {}
     return make_step_time(
-        {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()},
-        time_update(traced.model.trainable, strategy, rates),
+        micro_batch,
+        update,
         strategy.gradient_accumulation_steps,
         tokens=tokens,
         flops=flops_per_token * tokens,
@@ -34,11 +39,12 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
     )
 
 
-def time_update(trainable: tuple[TensorSpec, ...], strategy: Strategy, rates: Rates) -> dict[str, PhaseTime]:
+def time_update(traced: TracedStep, strategy: Strategy, rates: Rates) -> dict[str, PhaseTime]:
     """Clipping and the optimizer's update of the whole model."""
+    trainable = traced.model.trainable
     dtype = DTYPES[max((spec.width for spec in trainable), default=4)]
     tensors = tuple(Counter(spec.elements for spec in trainable).items())
-    update = estimate_update_work(tensors, strategy, dtype)
+    update = estimate_update_work(tensors, strategy, dtype, groups=len(traced.recording.updates))
     return {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
 from ..data.batches import STARTS_MULTIPLE
+from ..training.in_backward import UpdatesInBackward
 from ..training.losses import compute_loss
 from ..training.offload import OffloadHooks, offload_decoder
 from ..training.step import autocast, recomputation, uncast_adapter_inputs
@@ -23,6 +24,7 @@ from .cuda import CudaCard, cuda_semantics
 from .fakes import make_fakes
 from .layers import NotPeriodic, Segment, extend, split_segments
 from .model import RehearsalModel, build_rehearsal_model
+from .updates import record_updates
 from .watch import Recording, StorageWatch
 
 UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -97,11 +99,12 @@ def _record(
         watch.enter("build", "weights")
         make_fakes(model.model, strategy)
         compiled = compiled_layers(model.layers, model.kinds, watch) if strategy.compile else contextlib.nullcontext()
+        updates = record_updates(model, watch) if strategy.optimizer_in_backward else None
         with compiled:
             for _ in range(micro_batches):
                 watch.enter("data", "temporary")
                 ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)
-                _run_micro_batch(model, strategy, watch, ids)
+                _run_micro_batch(model, strategy, watch, ids, updates)
     watch.settle()
     for parameter in model.model.parameters():
         if parameter.grad is not None:
@@ -109,7 +112,9 @@ def _record(
     return watch, micro_batches
 
 
-def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWatch, ids: Tensor) -> None:
+def _run_micro_batch(
+    model: RehearsalModel, strategy: Strategy, watch: StorageWatch, ids: Tensor, updates: UpdatesInBackward | None
+) -> None:
     """runtime.step.training_step's part for one micro-batch."""
     positions = torch.empty_like(ids) if strategy.packing else None
     starts = torch.empty(STARTS_MULTIPLE, dtype=torch.int32) if strategy.attention == "varlen" else None
@@ -130,6 +135,8 @@ def _run_micro_batch(model: RehearsalModel, strategy: Strategy, watch: StorageWa
     watch.backward = True
     with recomputation(model.model, strategy):
         run_backward(loss)
+    if updates is not None:
+        updates.finish()
     watch.backward = False
     del loss
     watch.enter("end", "temporary")

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cost import Ledger
+from .model import TensorSpec
 
 WORKSPACES = (0, 1, 2, 3)
 """Numbers of the workspaces that stay: cuBLAS's of the main thread and of autograd's, which has a handle of its own,
@@ -35,12 +36,14 @@ class Recording:
     components: what each storage is counted as
     events:     n for "storage n allocated", ~n for "storage n freed"
     marks:      (index into events, section that begins there)
+    updates:    numbers that stand for no storage but for an update of these tensors
     """
 
     sizes: list[int] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)
+    updates: dict[int, tuple[TensorSpec, ...]] = field(default_factory=dict)
 
     def allocate(self, size_bytes: int, component: str) -> int:
         """A new storage's number."""
@@ -52,6 +55,15 @@ class Recording:
 
     def free(self, number: int) -> None:
         self.events.append(~number)
+
+    def copy(self, number: int) -> int:
+        """Another storage, or update, of the same kind; its number."""
+        self.sizes.append(self.sizes[number])
+        self.components.append(self.components[number])
+        copied = len(self.sizes) - 1
+        if number in self.updates:
+            self.updates[copied] = self.updates[number]
+        return copied
 
 
 class _Storage:
@@ -148,6 +160,11 @@ class StorageWatch(TorchDispatchMode):
 
         entry.reference = weakref.ref(storage, forget)
         self._live[key] = entry
+
+    def note_update(self, tensors: tuple[TensorSpec, ...]) -> None:
+        """The optimizer updates these here, in backward."""
+        self.settle()
+        self.recording.updates[self.recording.allocate(0, "temporary")] = tensors
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         """The number of a tensor's storage, None for one that was not seen."""

@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
 from ...planner.plan import Plan
 from ...recipes.errors import RunError
 from ..data.batches import BatchesAhead, GlobalBatch, count_steps, iterate_batches
-from ..model.build import BuiltModel
+from ..model.build import BuiltModel, find_layers
+from .in_backward import UpdatesInBackward
 from .live import LiveLine
 from .meter import Meter
 from .optimizers import make_optimizer
@@ -87,6 +89,9 @@ class TrainingLoop:
             weight_decay=train.weight_decay,
             rounding=strategy.rounding,
         )
+        self.updates = None
+        if strategy.optimizer_in_backward:
+            self.updates = UpdatesInBackward(self.optimizer, built.model, list(find_layers(built.base)))
         self.scheduler = get_scheduler(
             "constant_with_warmup" if train.schedule == "constant" else train.schedule,
             self.optimizer,
@@ -109,6 +114,7 @@ class TrainingLoop:
             optimizer=self.optimizer,
             scaler=self.scaler,
             clip=self._clip,
+            updates=self.updates,
             enter_phase=self.meter.enter,
             meanwhile=self.batches.prepare,
         )
@@ -132,6 +138,8 @@ class TrainingLoop:
             raise RunError(f"{what}, the last of {MAX_NONFINITE_STEPS} in a row: the run stopped; {advice}")
 
     def _clip(self) -> Any:
+        if self.max_grad_norm == "off":
+            return get_total_norm(one.grad for one in self.built.trainable if one.grad is not None)
         return self.accelerator.clip_grad_norm_(self.built.trainable, self.max_grad_norm)
 
     def _count(self, batch: GlobalBatch, result: StepResult, seconds: float) -> None:

@@ -7,6 +7,7 @@ with probabilities that make the expected weight the exact one. https://arxiv.or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,6 +38,17 @@ def make_optimizer(
         optimizer = StochasticAdafactor if stochastic else torch.optim.Adafactor
         return optimizer(groups, lr=learning_rate)
     return _make_bitsandbytes(name, groups, learning_rate, stochastic)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Update, unless the gradients' norm is not finite. Fused kernels decide that on the device, as gradient scaling
+    has them do; before other optimizers the host waits for the norm."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        vars(optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del vars(optimizer)["found_inf"]
+    elif math.isfinite(float(norm)):
+        optimizer.step()
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -87,7 +99,12 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Keeps 4 bytes of state a parameter, as torch.optim.AdamW does for bf16 weights; its second moment, too, would
     otherwise stop decaying (0.1 % a step is less than bf16 resolves).
+
+    found_inf: 1.0 where the update is to change nothing; a tensor on the device, set and removed by the caller
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -129,6 +146,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                found_inf=self.found_inf,
             )
             for tensor, value in zip(kept, exact, strict=True):
                 round_stochastically(tensor[part], value)

@@ -1,6 +1,7 @@
 """The training step, and nothing else: what the planner's figures are about.
 
-forward under autocast -> loss -> backward, for each micro-batch; then clip, optimizer, gradients set to None.
+forward under autocast -> loss -> backward, for each micro-batch; then clip, optimizer, gradients set to None. With the
+optimizer in backward, that is all.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...planner.strategy import Strategy
+from .in_backward import UpdatesInBackward
 from .losses import compute_loss
 from .offload import offload_activations
+from .optimizers import step_if_finite
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -119,6 +122,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     scaler: Any,
     clip: Callable[[], Tensor | float],
+    updates: UpdatesInBackward | None = None,
     enter_phase: Callable[[str], None] = lambda _: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
@@ -126,6 +130,7 @@ def training_step(
 
     tokens: trained tokens of all micro-batches together
     clip:   scales the gradients to the recipe's norm and returns the norm before
+    updates: where the strategy has the optimizer in backward; nothing is clipped then
     meanwhile: host work to do while the device computes
     """
     device = micro_batches[0].input_ids.device
@@ -150,27 +155,30 @@ def training_step(
         loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         del loss
     assert loss_sum is not None, "a step has at least one micro-batch"
+    norm = _update(optimizer, scaler, strategy, clip, enter_phase, device) if updates is None else updates.finish()
+    figures = torch.stack([loss_sum.float(), norm])
+    meanwhile()
+    loss_value, norm_value = figures.tolist()
+    return StepResult(loss=loss_value, gradient_norm=norm_value, applied=math.isfinite(norm_value))
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    strategy: Strategy,
+    clip: Callable[[], Tensor | float],
+    enter_phase: Callable[[str], None],
+    device: torch.device,
+) -> Tensor:
+    """Clip and update once all gradients are there; returns their norm [], in float32."""
     enter_phase("clip")
     scaler.unscale_(optimizer)
-    figures = torch.stack([loss_sum.float(), torch.as_tensor(clip(), dtype=torch.float32, device=device)])
+    norm = torch.as_tensor(clip(), dtype=torch.float32, device=device)
     enter_phase("optimizer")
     if strategy.compute_dtype == "fp16":
         scaler.step(optimizer)
         scaler.update()
     else:
-        step_if_finite(optimizer, figures[1])
+        step_if_finite(optimizer, norm)
     optimizer.zero_grad(set_to_none=True)
-    meanwhile()
-    loss_value, norm = figures.tolist()
-    return StepResult(loss=loss_value, gradient_norm=norm, applied=math.isfinite(norm))
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Update, unless the gradients' norm is not finite. torch's fused kernels decide that on the device, as gradient
-    scaling has them do; before the others the host waits for the norm."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        vars(optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
-        optimizer.step()
-        del vars(optimizer)["found_inf"]
-    elif math.isfinite(float(norm)):
-        optimizer.step()
+    return norm

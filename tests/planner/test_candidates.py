@@ -84,6 +84,29 @@ def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     assert {one.compile for one in found} == {False, True}
 
 
+def test_the_optimizer_may_be_in_backward_where_nothing_needs_all_gradients_at_once() -> None:
+    found = list_all({"train": {"max_grad_norm": "off"}}, H100, "full")
+    early = [one for one in found if one.optimizer_in_backward]
+    assert {one.gradient_accumulation_steps for one in early} == {1}
+    assert {one.optimizer for one in early} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
+    assert not any(one.clips_gradients for one in found)
+    for tables, device, method in (
+        ({}, H100, "full"),
+        ({"train": {"max_grad_norm": "off"}}, H100, "lora"),
+        ({"train": {"max_grad_norm": "off"}}, T4, "full"),
+        ({"train": {"max_grad_norm": "off", "optimizer_in_backward": False}}, H100, "full"),
+    ):
+        assert not any(one.optimizer_in_backward for one in list_all(tables, device, method))
+
+
+def test_asked_for_the_optimizer_is_in_backward_or_the_plan_an_error() -> None:
+    tables = {"train": {"max_grad_norm": "off", "optimizer_in_backward": True}}
+    assert all(one.optimizer_in_backward for one in list_all(tables, H100, "full"))
+    assert list_methods(recipe_with(**tables)) == ("full",)
+    with pytest.raises(PlanError, match=r"train\.optimizer_in_backward: .* computes in fp16"):
+        list_all(tables, T4, "full")
+
+
 def test_auto_compiles_dense_layers_of_known_families_on_a_gpu_that_can() -> None:
     mixture, unknown = find_shape("mixtral-8x7b"), replace(SHAPE, is_guess=True)
     found = {

@@ -265,3 +265,29 @@ def test_expandable_segments_change_nothing_in_the_closed_forms(kind: str) -> No
         estimate("llama-3.1-8b", make_strategy(expandable_segments=on), device=DEVICES[kind]) for on in (False, True)
     )
     assert plain == expandable
+
+
+@settings(max_examples=60)
+@given(names, st.sampled_from(OPTIMIZERS), st.sampled_from([0, 3, 99]), st.integers(1, 4096), devices)
+def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
+    name: str, optimizer: str, checkpointed: int, length: int, kind: str
+) -> None:
+    plain, early = (
+        estimate(
+            name,
+            make_strategy(
+                "full",
+                optimizer=optimizer,
+                checkpointed_layers=checkpointed,
+                gradient_accumulation_steps=1,
+                optimizer_in_backward=on,
+            ),
+            length,
+            DEVICES[kind],
+        )
+        for on in (False, True)
+    )
+    assert early.peak_allocated_bytes <= plain.peak_allocated_bytes
+    assert [phase.name for phase in plain.phases if phase.name not in ("clip", "optimizer")] == [
+        phase.name for phase in early.phases
+    ]

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "optimizer": "auto",
+        "optimizer_in_backward": "auto",
         "gradient_checkpointing": "auto",
         "loss_head": "auto",
         "compile": "auto",
@@ -162,7 +163,25 @@ def test_a_mixture_names_its_sources_with_weights() -> None:
         ("[train]\nseed = -1", "train.seed: -1 is not a whole number from 0 to 4294967295"),
         ("[train]\nlearning_rate = 0", 'train.learning_rate: 0 is not "auto" or a number above 0 and at most 1'),
         ("[train]\nlearning_rate = nan", 'train.learning_rate: nan is not "auto" or a number above 0 and at most 1'),
-        ("[train]\nmax_grad_norm = inf", "train.max_grad_norm: inf is not a number above 0"),
+        ("[train]\nmax_grad_norm = inf", 'train.max_grad_norm: inf is not "off" or a number above 0'),
+        (
+            "[train]\noptimizer_in_backward = true",
+            "train.optimizer_in_backward: true excludes clipping, which needs all gradients at once: "
+            'set train.max_grad_norm = "off" too',
+        ),
+        (
+            '[train]\nmax_grad_norm = "off"\nmicro_batch_size = 8\noptimizer_in_backward = true',
+            "train.optimizer_in_backward: true excludes gradient accumulation: leave train.micro_batch_size = 8 out, "
+            "or set it to train.global_batch_size = 16",
+        ),
+        (
+            '[method]\nkind = "lora"\n[train]\nmax_grad_norm = "off"\noptimizer_in_backward = true',
+            'train: optimizer_in_backward = true is for method.kind = "full"',
+        ),
+        (
+            '[method]\nadapter = "old"\n[train]\nmax_grad_norm = "off"\noptimizer_in_backward = true',
+            'train: optimizer_in_backward = true is for method.kind = "full"',
+        ),
         ("[train]\nglobal_batch_size = 8.0", "train.global_batch_size: 8.0 is not a whole number from 1 to 2147483647"),
         ("[train]\neval_every = true", "train.eval_every: true is not a whole number from 1 to 2147483647"),
         ("[output]\nmerge = 1", "output.merge: 1 is not one of true, false"),

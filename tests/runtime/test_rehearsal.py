@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,21 @@ def list_sizes(traced: TracedStep) -> list[int]:
         (LLAMA, make_strategy(checkpointed_layers=9, gradient_accumulation_steps=3)),
         (LLAMA, make_strategy("full", weights_dtype="fp32", loss_head="chunked", checkpointed_layers=9)),
         (LLAMA, make_strategy("qlora", adapter_dropout=0.1)),
+        (LLAMA, make_strategy("full", optimizer_in_backward=True, checkpointed_layers=9, loss_head="fused")),
         (CONV1D, make_strategy("full")),
+        (CONV1D, make_strategy("full", optimizer_in_backward=True)),
         (CONV1D, make_strategy("qlora")),
     ],
-    ids=["lora", "checkpointed and accumulated", "full in fp32", "qlora with dropout", "gpt2", "gpt2 qlora"],
+    ids=[
+        "lora",
+        "checkpointed and accumulated",
+        "full in fp32",
+        "qlora with dropout",
+        "updates in backward",
+        "gpt2",
+        "gpt2 with updates in backward",
+        "gpt2 qlora",
+    ],
 )
 def test_repeating_the_middle_layers_gives_the_whole_models_trace(config: dict[str, Any], strategy: Strategy) -> None:
     trace(config, strategy)  # fills the caches that the first trace of a process makes
@@ -106,6 +118,39 @@ def test_repeating_the_middle_layers_gives_the_whole_models_trace(config: dict[s
     assert sorted(list_sizes(short)) == sorted(list_sizes(whole))
     assert short.model.trainable == whole.model.trainable
     assert short.model.adapters == whole.model.adapters
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "config", [LLAMA, LLAMA | {"tie_word_embeddings": True}, MIXTURE], ids=["llama", "tied", "moe"]
+)
+def test_updates_in_backward_are_of_every_tensor_once_and_leave_no_gradient(
+    config: dict[str, Any], compiled: bool
+) -> None:
+    traced = trace(config, make_strategy("full", optimizer_in_backward=True, compile=compiled))
+    updates = traced.recording.updates
+    backward = [event for segment in traced.first if segment.name == "backward" for event in segment.events]
+    updated = [spec for event in backward for spec in updates.get(event, ())]
+    assert Counter(updated) == Counter(traced.model.trainable)
+    made = {event for segment in traced.first for event in segment.events if event >= 0} - updates.keys()
+    freed = {~event for segment in traced.first for event in segment.events if event < 0}
+    kept = [one for one in made - freed if traced.recording.components[one] == "gradients"]
+    assert not kept
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
+def test_updates_in_backward_spare_all_gradients_but_a_layers_and_the_heads(optimizer: str) -> None:
+    ordinary, spared = (
+        predict(LLAMA, make_strategy("full", checkpointed_layers=9, optimizer=optimizer, optimizer_in_backward=on))
+        for on in (False, True)
+    )
+    shape = make_shape(LLAMA)
+    layer, head = shape.blocks[0].parameters, shape.head.weight_parameters
+    assert ordinary.components.optimizer == spared.components.optimizer, "the states are the same ones"
+    assert spared.components.gradients <= 2 * max(layer, head)
+    assert not {"clip", "optimizer"} & {phase.name for phase in spared.phases}
+    saved = ordinary.peak_allocated_bytes - spared.peak_allocated_bytes
+    assert saved > 0.6 * 2 * (shape.parameters - layer - head)
 
 
 def find_peak(traced: TracedStep) -> int:

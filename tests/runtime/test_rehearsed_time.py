@@ -96,6 +96,18 @@ def test_the_cut_models_time_is_the_whole_ones(config: dict[str, Any], changes: 
         assert one.host_seconds == pytest.approx(other.host_seconds)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_updates_in_backward_take_the_devices_time_there(optimizer: str) -> None:
+    plain, early = (
+        time_of(LLAMA, make_strategy("full", optimizer=optimizer, clips_gradients=False, optimizer_in_backward=on))
+        for on in (False, True)
+    )
+    assert [phase.name for phase in early.phases] == ["forward", "backward"]
+    moved = sum(phase.device_seconds for phase in plain.phases)
+    assert sum(phase.device_seconds for phase in early.phases) == pytest.approx(moved, rel=0.05)
+    assert early.phases[1].host_seconds > plain.phases[1].host_seconds
+
+
 def test_offload_adds_what_crosses_the_bus() -> None:
     plain, offloaded = (time_of(LLAMA, make_strategy(activation_offload=on)) for on in (False, True))
     for name, one, other in zip(("forward", "backward"), plain.phases, offloaded.phases, strict=False):

@@ -39,6 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
         "rounding": "stochastic",
         "micro_batch_size": 1,
     },
+    "full, updates in backward": {
+        "method": "full",
+        "adapter_dtype": None,
+        "adapter_rank": None,
+        "adapter_targets": None,
+        "rounding": "stochastic",
+        "checkpointed_layers": 99,
+        "optimizer_in_backward": True,
+    },
     "growing segments": {"expandable_segments": True},
 }
 EVERY_CASE = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
@@ -85,7 +94,8 @@ def test_no_point_of_a_phase_is_above_that_phases_peak(changes: dict[str, Any]) 
 def test_phases_come_in_the_order_of_a_step(changes: dict[str, Any]) -> None:
     _, timeline = predict(changes)
     shown = min(changes.get("gradient_accumulation_steps", 1), 2)
-    assert [span.phase for span in list_spans(timeline)] == ["forward", "backward"] * shown + ["clip", "optimizer"]
+    update = [] if "optimizer_in_backward" in changes else ["clip", "optimizer"]
+    assert [span.phase for span in list_spans(timeline)] == ["forward", "backward"] * shown + update
     assert timeline.micro_batches == changes.get("gradient_accumulation_steps", 1)
 
 

@@ -80,6 +80,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "epochs": {"train": {"max_steps": None, "epochs": 3}},
     "stochastic": {"model": {"dtype": "bf16"}},
     "adafactor": {"model": {"dtype": "bf16"}, "train": {"optimizer": "adafactor"}},
+    "in backward": {
+        "train": {"micro_batch_size": 4, "max_grad_norm": "off", "optimizer_in_backward": True, "weight_decay": 0.1}
+    },
     "8 bits": {"method": {"kind": "lora", "dropout": 0.1}, "train": {"optimizer": "adamw_8bit"}},
     "paged": {"model": {"dtype": "bf16"}, "train": {"optimizer": "paged_adamw"}},
     "qlora": {"method": {"kind": "qlora"}, "model": {"dtype": "bf16"}},
