@@ -67,7 +67,8 @@ def _make_tables(schema: dict[str, Any], heading: str) -> list[str]:
         for key, value in table["properties"].items():
             required = "required" if key in table.get("required", []) else ""
             default = _show(value["default"]) if "default" in value else required or "unset"
-            lines.append(f"| `{key}` | {_describe(schema, value)} | {default} | {value.get('description', '')} |")
+            meaning = " ".join(value.get("description", "").split())
+            lines.append(f"| `{key}` | {_describe(schema, value)} | {default} | {meaning} |")
     return lines
 
 

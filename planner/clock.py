@@ -11,7 +11,7 @@ from .catalog import find_gpu
 from .rates import OPERATION_SECONDS, make_gpu_rates
 from .shape import ModelShape
 from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, join_phases, make_speed, make_step_time, shorten
-from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work
+from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work, host_waits
 from .strategy import DataFacts, Device, Rates, Strategy
 
 Clock = Callable[[Strategy], StepTime]
@@ -70,7 +70,9 @@ def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: i
         flops = estimate_model_flops(shape, strategy, sequence_length) * tokens
         micro_batch = time_micro_batch(alike)
         if strategy.optimizer_in_backward:
-            joined = join_phases("backward", (micro_batch["backward"], *phases.values()), rates)
+            joined = join_phases(
+                "backward", (micro_batch["backward"], *phases.values()), rates, waits=host_waits(strategy)
+            )
             micro_batch, phases = micro_batch | {"backward": joined}, {}
         return make_step_time(
             micro_batch,

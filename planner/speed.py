@@ -179,11 +179,13 @@ def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> Phase
     return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
 
 
-def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates) -> PhaseTime:
-    """Phases whose operations follow one another without a pause."""
+def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates, *, waits: bool) -> PhaseTime:
+    """Phases whose operations alternate; waits: the host does for the device, each time."""
     joined = tuple(phases)
     device, host = sum(one.device_seconds for one in joined), sum(one.host_seconds for one in joined)
     seconds = max(device, host) if rates.overlaps else device + host
+    if waits:
+        seconds = sum(one.seconds for one in joined)
     return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
 
 

@@ -289,3 +289,9 @@ def estimate_update_work(
         "clip": (Work(kind="memory", bytes=read * elements, calls=together),),
         "optimizer": (Work(kind="memory", bytes=moved * elements, calls=calls),),
     }
+
+
+def host_waits(strategy: Strategy) -> bool:
+    """Whether the host waits for the device at each update: bitsandbytes synchronises after every tensor, Adafactor
+    reads a norm of it, and before both it reads whether gradients are finite; AdamW leaves that to the device."""
+    return strategy.optimizer != "adamw"

@@ -255,7 +255,7 @@ class TrainTable(Table):
     """Optimizer, and with it the bytes of its states."""
     optimizer_in_backward: Literal["auto"] | bool = "auto"
     """Whether backward updates each layer as soon as its gradients are there, and frees them; for full fine-tuning
-    with max_grad_norm off and micro_batch_size = global_batch_size; auto: where it fits better or is faster."""
+    with max_grad_norm off and micro_batch_size = global_batch_size, where auto tries it."""
     gradient_checkpointing: Literal["auto"] | bool | Count = "auto"
     """Whether layers are computed again in backward instead of kept: all, none, or the first so many of them."""
     loss_head: Literal["auto", "full", "chunked", "fused"] = "auto"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, join_phases, make_step_time
-from ...planner.step_cost import estimate_update_work
+from ...planner.step_cost import estimate_update_work, host_waits
 from ...planner.strategy import Dtype, Rates, Strategy
 from .model import Cut
 from .trace import TracedStep
@@ -27,7 +27,9 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
     micro_batch = {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
     update = time_update(traced, strategy, rates)
     if strategy.optimizer_in_backward:  # whose own operations were traced, the norm's among them
-        joined = join_phases("backward", (micro_batch["backward"], update["optimizer"]), rates)
+        joined = join_phases(
+            "backward", (micro_batch["backward"], update["optimizer"]), rates, waits=host_waits(strategy)
+        )
         micro_batch, update = micro_batch | {"backward": joined}, {}
     return make_step_time(
         micro_batch,

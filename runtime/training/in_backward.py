@@ -52,7 +52,7 @@ class UpdatesInBackward:
 
     def _update(self, group: Sequence[nn.Parameter]) -> None:
         gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True).float()
         self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
         del gradients
         with _narrowed(self._optimizer, group):

@@ -10,7 +10,7 @@ import pytest
 from test_rehearsal import ALTERNATING, LLAMA, make_strategy, trace
 
 from fitune.planner.catalog import find_gpu
-from fitune.planner.rates import make_gpu_rates
+from fitune.planner.rates import KERNEL_SECONDS, make_gpu_rates
 from fitune.planner.shape import make_shape
 from fitune.planner.speed import StepTime
 from fitune.planner.step_cost import estimate_model_flops
@@ -103,8 +103,8 @@ def test_updates_in_backward_take_the_devices_time_there(optimizer: str) -> None
         for on in (False, True)
     )
     assert [phase.name for phase in early.phases] == ["forward", "backward"]
-    moved = sum(phase.device_seconds for phase in plain.phases)
-    assert sum(phase.device_seconds for phase in early.phases) == pytest.approx(moved, rel=0.05)
+    moved, small_kernels = sum(phase.device_seconds for phase in plain.phases), (9 + 3) * 15 * KERNEL_SECONDS
+    assert moved < sum(phase.device_seconds for phase in early.phases) < moved + small_kernels
     assert early.phases[1].host_seconds > plain.phases[1].host_seconds
 
 
