@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .data_table import DataSource, DataTable
 from .errors import (
     DataError,
     DeviceError,
@@ -16,8 +17,6 @@ from .errors import (
 from .load import RecipeFile, load_recipe, parse_recipe, recipe_from_resolved
 from .schema import (
     BudgetTable,
-    DataSource,
-    DataTable,
     MethodTable,
     ModelTable,
     OutputTable,

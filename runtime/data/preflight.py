@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ...recipes.data_table import DataTable
 from ...recipes.errors import DataError
-from ...recipes.schema import DataTable
 from .batches import UNTRAINED
 from .mixture import count_draws
 from .prepare import TokenizedData, make_settings

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...recipes.data_table import DataTable
 from ...recipes.errors import DataError
-from ...recipes.schema import DataTable
 from .mixture import Part
 from .rows import Row
 from .sources import LoadedRows, Resolve, SourceRows

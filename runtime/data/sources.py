@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from ...recipes.data_table import DataSource, DataTable
 from ...recipes.errors import DataError
-from ...recipes.schema import DataSource, DataTable
 from .records import EVAL_SPLITS, TRAIN_SPLITS, Dataset, is_here, load_records
 from .rows import Message, Row, RowParser
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
+from ...recipes.data_table import DataSource, DataTable
 from ...recipes.errors import DataError
-from ...recipes.schema import DataSource, DataTable
 from .readers import Record
 from .records import Dataset, load_records
 from .rows import BadRow, Row, RowParser

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from small_tokenizers import CHATML, build_tokenizer
 
+from fitune.recipes.data_table import DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import DataTable
 from fitune.runtime.data.batches import iterate_batches
 from fitune.runtime.data.prepare import TokenizedData, tokenize_data
 from fitune.runtime.data.sources import load_rows

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from fitune.recipes.data_table import Columns, DataSource, DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import Columns, DataSource, DataTable
 from fitune.runtime.data.rows import Message, Row
 from fitune.runtime.data.sources import LoadedRows, load_rows
 

@@ -24,9 +24,9 @@ from small_models import save_small_model
 from small_runs import execute_until, plan_recipe, write_recipe
 
 from fitune.planner.show.plan import render_plan
+from fitune.recipes.data_table import DataTable
 from fitune.recipes.errors import FituneError
 from fitune.recipes.load import load_recipe
-from fitune.recipes.schema import DataTable
 from fitune.runtime.data.sources import load_rows
 from fitune.runtime.model.build import build_model
 from fitune.runtime.planning import load_plan

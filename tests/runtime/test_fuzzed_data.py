@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from small_tokenizers import BOS_CHATML, CHATML, MARKED, THINKS_LAST, WITHOUT_END, WITHOUT_SYSTEM, build_tokenizer
 
+from fitune.recipes.data_table import DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import DataTable
 from fitune.runtime.data.batches import iterate_batches
 from fitune.runtime.data.preflight import check_data, refuse_problems
 from fitune.runtime.data.prepare import TokenizedData, tokenize_data

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from small_tokenizers import CHATML, build_tokenizer
 
+from fitune.recipes.data_table import DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import DataTable
 from fitune.runtime.data.preflight import check_data, refuse_problems
 from fitune.runtime.data.prepare import tokenize_data
 from fitune.runtime.data.report import DataReport

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitune.recipes.data_table import DataSource, DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import DataSource, DataTable
 from fitune.runtime.data.rows import Message, Row
 from fitune.runtime.data.sources import SourceRows, load_rows, load_rows_from, normalize, split_sources
 
@@ -429,7 +429,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path: Path)
 
 def test_offline_the_hub_is_told_to_be_out_of_reach(tmp_path: Path) -> None:
     code = (
-        "from fitune.runtime.data.sources import load_rows; from fitune.recipes.schema import DataTable; "
+        "from fitune.runtime.data.sources import load_rows; from fitune.recipes.data_table import DataTable; "
         "from pathlib import Path; load_rows(DataTable(train='owner/name'), Path)"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CHATML, THINKS_LAST, build_tokenizer
 
+from fitune.recipes.data_table import DataTable
 from fitune.recipes.errors import DataError
-from fitune.recipes.schema import DataTable
 from fitune.runtime.data import streaming
 from fitune.runtime.data.batches import GlobalBatch, iterate_batches
 from fitune.runtime.data.streaming import StreamedRows
