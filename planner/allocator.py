@@ -81,28 +81,22 @@ class Block:
 class _Pool:
     """The free blocks of one pool, smallest first, lower addresses before higher ones.
 
+    free: (bytes, address, block) of each
     last: the block at the end of the newest segment; an expandable one grows there
     """
 
-    __slots__ = ("by_address", "free", "is_small", "last")
+    __slots__ = ("free", "is_small", "last")
 
     def __init__(self, *, is_small: bool) -> None:
         self.is_small = is_small
         self.last: Block | None = None
-        self.free: list[tuple[int, ...]] = []
-        self.by_address: dict[int, Block] = {}
+        self.free: list[tuple[int, int, Block]] = []
 
     def insert(self, block: Block) -> None:
-        insort(self.free, (block.size_bytes, block.address))
-        self.by_address[block.address] = block
+        insort(self.free, (block.size_bytes, block.address, block))
 
     def remove(self, block: Block) -> None:
         del self.free[bisect_left(self.free, (block.size_bytes, block.address))]
-        del self.by_address[block.address]
-
-    def best_fit(self, size_bytes: int) -> Block | None:
-        index = bisect_left(self.free, (size_bytes,))
-        return self.by_address[self.free[index][1]] if index < len(self.free) else None
 
 
 class CachingAllocator:
@@ -112,6 +106,7 @@ class CachingAllocator:
                  A request that still exceeds it is granted all the same: the peak then says what would be needed.
     expandable:  one growing segment a pool (`expandable_segments:True`)
     order:       the addresses that segments get
+    segments:    how many were taken from the driver so far, or how often an expandable one grew
     """
 
     def __init__(
@@ -122,27 +117,31 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
         self.retries = 0
+        self.segments = 0
         self._limit_bytes = limit_bytes
         self._expandable = expandable
         self._order = order
         self._small = _Pool(is_small=True)
         self._large = _Pool(is_small=False)
-        self._segments = 0
 
     def allocate(self, size_bytes: int) -> Block:
         """A block for `size_bytes`; it is counted as allocated in its whole size."""
-        size = round_request(size_bytes)
+        size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES or MIN_BLOCK_BYTES
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
-        block = self._find(pool, size)
-        if block is not None:
-            pool.remove(block)
+        index = bisect_left(pool.free, (size,))
+        if self._expandable:
+            index = self._avoid_end(pool, index)
+        if index < len(pool.free):
+            block = pool.free.pop(index)[2]
         else:
             block = self._grow(pool, size) if self._expandable else self._take_segment(pool, segment_size(size))
-        if self._should_split(block, size):
+        remaining = block.size_bytes - size
+        if remaining >= MIN_BLOCK_BYTES if pool.is_small or self._expandable else remaining > SMALL_REQUEST_BYTES:
             self._split(block, size)
         block.in_use = True
         self.allocated_bytes += block.size_bytes
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def free(self, block: Block) -> None:
@@ -166,24 +165,16 @@ class CachingAllocator:
             if self._expandable:
                 self._unmap_end(pool)
                 continue
-            for block in list(pool.by_address.values()):
+            for _, _, block in list(pool.free):
                 if block.previous is None and block.next is None:
                     pool.remove(block)
                     self.reserved_bytes -= block.size_bytes
 
-    def _find(self, pool: _Pool, size: int) -> Block | None:
-        """The smallest free block that fits; the end of an expandable segment can grow, so it counts as the largest."""
-        block = pool.best_fit(size)
-        if block is None or not self._expandable or block is not pool.last:
-            return block
-        index = bisect_left(pool.free, (block.size_bytes, block.address)) + 1
-        return pool.by_address[pool.free[index][1]] if index < len(pool.free) else block
-
-    def _should_split(self, block: Block, size: int) -> bool:
-        remaining = block.size_bytes - size
-        if block.pool.is_small or self._expandable:
-            return remaining >= MIN_BLOCK_BYTES
-        return remaining > SMALL_REQUEST_BYTES
+    @staticmethod
+    def _avoid_end(pool: _Pool, index: int) -> int:
+        """The end of an expandable segment can grow, so it counts as the largest of those that fit."""
+        more = index + 1 < len(pool.free)
+        return index + 1 if more and pool.free[index][2] is pool.last else index
 
     def _split(self, block: Block, size: int) -> None:
         rest = Block(block.pool, block.address + size, block.size_bytes - size)
@@ -209,11 +200,12 @@ class CachingAllocator:
     def _take_segment(self, pool: _Pool, length: int) -> Block:
         self._make_room(length)
         self._reserve(length)
-        self._segments += 1
-        return Block(pool, self._order(self._segments, length) * _SEGMENT_STRIDE, length)
+        self.segments += 1
+        return Block(pool, self._order(self.segments, length) * _SEGMENT_STRIDE, length)
 
     def _grow(self, pool: _Pool, size: int) -> Block:
         """Map pages at the end of a pool's expandable segment so that its last block holds `size`."""
+        self.segments += 1
         self._make_room(_pages(pool, size))
         end = pool.last
         if end is not None and not end.in_use:

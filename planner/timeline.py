@@ -43,9 +43,9 @@ class EventLog:
     def add(self, component: str, size_bytes: int) -> None:
         """Note an allocation, or with a size below 0 a free."""
         self.events.append((component, size_bytes))
-        self._live_bytes += size_bytes
-        if self._live_bytes > self.peak_bytes:
-            self.peak_bytes = self._live_bytes
+        self._live_bytes = live_bytes = self._live_bytes + size_bytes
+        if live_bytes > self.peak_bytes:
+            self.peak_bytes = live_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

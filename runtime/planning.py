@@ -144,7 +144,8 @@ class Job:
         if inputs.device.kind == "cpu":
             return None, None
         try:
-            from .rehearsal.measure import Rehearsal, Traces
+            from .rehearsal.measure import Rehearsal
+            from .rehearsal.trace import Traces
         except ImportError:
             return None, None
         length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge

@@ -20,7 +20,8 @@ from ...planner.speed import StepTime
 from ...planner.strategy import Device
 from ..model.meta_shape import make_shape_of_model
 from .accuracy import load_rows, make_device, make_spread, make_strategy
-from .measure import Rehearsal, Traces
+from .measure import Rehearsal
+from .trace import Traces
 
 SHORTEST_SECONDS = 0.5
 """Steps below this are noisy: three were measured, and they wait for the host."""

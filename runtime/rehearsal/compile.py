@@ -8,6 +8,7 @@ other and with reductions, so only what a matrix product, an attention kernel or
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
@@ -32,6 +33,8 @@ _KERNELS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convoluti
 """Operations of aten that Inductor leaves to a library, beside attention."""
 RNG_STATE_BYTES = 16
 """State of CUDA's random number generator."""
+HANDED_ON = frozenset({"num_items_in_batch", "output_attentions", "output_hidden_states"})
+"""Arguments of models that those hand on to their layers: for the loss, and what a training step never asks for."""
 Slot = tuple[dict[str, Any], str]
 """A place that holds a tensor: a table and its key."""
 MAX_COMPILED = 64
@@ -76,16 +79,20 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, kind: Hashable) -> None:
         self.layer = layer
+        self.forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+        self.unread = HANDED_ON - inspect.signature(self.forward).parameters.keys()
         self.kind = kind, repr(layer), _is_checkpointed(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name not in self.unread}
         slots = _list_slots(self.layer)
         flat, layout = tree_flatten((args, kwargs))
         places = [index for index, one in enumerate(flat) if isinstance(one, Tensor)]
         inputs = [*(table[key] for table, key in slots), *(flat[index] for index in places)]
         computes = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         tensors = tuple((one.shape, one.stride(), one.dtype, one.requires_grad) for one in inputs)
-        key = self.kind, computes, str(layout), tensors
+        plain = tuple(one for one in flat if one is None or isinstance(one, bool | int | float | str))
+        key = self.kind, computes, str(layout), plain, tensors
         if key not in _compiled:
             if len(_compiled) >= MAX_COMPILED:
                 _compiled.clear()
@@ -99,15 +106,15 @@ class _Layer:
         from torch._functorch.aot_autograd import aot_function
         from torch._inductor.decomposition import select_decomp_table
 
-        forward = getattr(type(self.layer).forward, "__wrapped__", type(self.layer).forward)
+        others = [None if isinstance(one, Tensor) else one for one in flat]  # what is compiled holds none of them
 
         def run(*tensors: Tensor) -> Any:
-            values = list(flat)
+            values = list(others)
             for place, tensor in zip(places, tensors[len(slots) :], strict=True):
                 values[place] = tensor
             args, kwargs = tree_unflatten(values, layout)
             with _filled(slots, tensors[: len(slots)]):
-                return forward(self.layer, *args, **kwargs)
+                return self.forward(self.layer, *args, **kwargs)
 
         make_runner: Any = _make_runner
         function = aot_function(

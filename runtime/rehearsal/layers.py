@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .model import Cut
+from .cut import Cut
 from .watch import WORKSPACES, Recording
 
 Key = tuple[bool, int]
@@ -46,7 +46,7 @@ class NotPeriodic(Exception):
 
 
 def extend(recording: Recording, segments: list[Segment], cut: Cut) -> list[Segment]:
-    """The segments of the whole model; new storages are added to the recording."""
+    """The segments of the whole model; new storages are added to the recording's sizes and components."""
     for template in sorted(cut.copies, reverse=True):
         extension = _Extension(recording, segments, template, cut.copies[template])
         extension.check()

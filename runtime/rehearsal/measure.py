@@ -17,12 +17,13 @@ from ...planner.step_cost import estimate_model_flops
 from ...planner.strategy import Device, Strategy
 from ...planner.timeline import EventLog, make_timeline
 from ...recipes.errors import DeviceError, ModelError
+from .collector import collector_paused
 from .cuda import CudaCard
 from .model import TensorSpec
 from .replay import Replay, keep_highest
 from .states import replay_adapters, replay_clip, replay_optimizer, replay_weights
 from .time import time_step
-from .trace import TracedStep, trace_step
+from .trace import TracedStep, Traces, trace_step
 
 MiB = 2**20
 STEPS = 3
@@ -40,6 +41,7 @@ DEVICE_MARGIN = 0.025
 STEP_PHASES = ("forward", "backward", "clip", "optimizer")
 
 
+@collector_paused()
 def rehearse(
     config: Mapping[str, Any], strategy: Strategy, device: Device, *, sequence_length: int, merge: bool
 ) -> Memory:
@@ -94,30 +96,6 @@ def _estimate_quickly(
     return estimate_memory(make_shape(config), strategy, device, sequence_length=sequence_length, merge=merge)
 
 
-class Traces:
-    """The traced steps of one model on rows of one length, each once for all cards and budgets that it serves."""
-
-    def __init__(self, config: Mapping[str, Any], *, sequence_length: int) -> None:
-        self.config, self.sequence_length = dict(config), sequence_length
-        self._known: dict[tuple[CudaCard, Strategy], TracedStep] = {}
-
-    def find(self, strategy: Strategy, card: CudaCard) -> TracedStep:
-        """The strategy's step, traced once for all that differ only in the update or the number of micro-batches."""
-        step = strategy.model_copy(
-            update={
-                "optimizer": "adamw",
-                "rounding": "nearest",
-                "learning_rate": 0.0,
-                "expandable_segments": False,
-                "clips_gradients": True,
-                "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
-            }
-        )
-        if (card, step) not in self._known:
-            self._known[card, step] = trace_step(self.config, step, card, sequence_length=self.sequence_length)
-        return self._known[card, step]
-
-
 class Rehearsal:
     """Memory and step time of strategies on one device.
 
@@ -137,6 +115,7 @@ class Rehearsal:
         """The time of one of its steps."""
         return self._rehearse(strategy)[1]
 
+    @collector_paused()
     def _rehearse(self, strategy: Strategy) -> tuple[Memory, StepTime]:
         if strategy not in self._known:
             device, length = self._device, self._traces.sequence_length
@@ -179,6 +158,7 @@ def replay_run(
     replay_weights(replay, model, strategy)
     replay_adapters(replay, model)
     for step in range(STEPS):
+        segments_before = allocator.segments
         logs: list[EventLog] = []
         for micro_batch in range(min(MICRO_BATCHES, strategy.gradient_accumulation_steps)):
             log = replay.start_log()
@@ -186,7 +166,7 @@ def replay_run(
             for segment in traced.next if micro_batch else traced.first:
                 if segment.name in ("forward", "backward"):
                     replay.enter(segment.name)
-                replay.play(segment.events, traced.recording, prefix=step, update=update)
+                replay.play(segment.events, traced.recording, update)
             logs = keep_highest(logs, log)
         if not strategy.optimizer_in_backward:
             logs.append(replay.start_log())
@@ -194,8 +174,10 @@ def replay_run(
             replay_clip(replay, trainable)
             replay.enter("optimizer")
             replay_optimizer(replay, trainable, strategy, first=step == 0)
-        replay.free_all(step)
+        replay.end_play(traced.recording)
         replay.keep_step(logs)
+        if step and allocator.segments == segments_before:
+            break  # the step began and ended with the same blocks, so every other one is like it
     return replay
 
 

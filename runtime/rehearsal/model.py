@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,13 +17,10 @@ from ..model.build import add_adapters, find_layers, make_quantization, name_att
 from ..model.linear_4bit import make_compilable
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
+from .cut import Cut, no_cut, plan_cut
 
 UNQUANTIZED = ["lm_head", "embed_out"]
 """Names of LM heads, which NF4 leaves alone."""
-BLOCKS_TRACED = 5
-"""First, three in the middle and last: the middle one's neighbours are middle ones, so it stands for all left out."""
-TEMPLATE = 2
-"""The middle one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +45,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Which layers are traced, and how often the repeated ones occur.
+class ModelTensors:
+    """(path, spec) of every parameter of a model in order: before its layers, of each layer, and after them."""
 
-    picked:  the layers that are traced, in order
-    sources: for each layer of the whole model the traced one, counted among the picked ones, that stands for it
-    blocks:  how many picked layers each block has
-    copies:  how many more blocks the whole model has that are like these; their neighbours on both sides are, too
-    """
+    before: Sequence[tuple[str, TensorSpec]]
+    layers: Sequence[Sequence[tuple[str, TensorSpec]]]
+    after: Sequence[tuple[str, TensorSpec]]
 
-    picked: tuple[int, ...]
-    sources: tuple[int, ...]
-    blocks: tuple[int, ...]
-    copies: Mapping[int, int]
+    def repeat(self, sources: Sequence[int]) -> Iterator[tuple[str, TensorSpec]]:
+        """Those of a model whose layers are like these."""
+        yield from self.before
+        for source in sources:
+            yield from self.layers[source]
+        yield from self.after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +66,11 @@ class RehearsalModel:
 
     model, base: as in runtime.build.BuiltModel
     layers:      the traced decoder layers
-    kinds:       what tells one of them from another
-    cut:         how they stand for the whole model
+    kinds:       what tells one of the whole model's layers from another
+    cut:         how the traced ones stand for the whole model
+    sketch:      what of the cut the trace depends on
+    tensors:     the parameters of the cut model
     weights:     every parameter and buffer of the whole base model, in the order in which they are made
-    adapters:    every adapter matrix of the whole model, in order
-    trainable:   what the optimizer updates in the whole model, in its order
     tied:        whether the LM head shares the embeddings' weight
     """
 
@@ -81,10 +79,32 @@ class RehearsalModel:
     layers: Sequence[nn.Module]
     kinds: Sequence[Hashable]
     cut: Cut
+    sketch: Hashable
+    tensors: ModelTensors
     weights: tuple[TensorSpec, ...]
-    adapters: tuple[TensorSpec, ...]
-    trainable: tuple[TensorSpec, ...]
     tied: TensorSpec | None
+
+    @property
+    def traced_kinds(self) -> list[Hashable]:
+        """Those of the traced layers."""
+        return [self.kinds[index] for index in self.cut.picked]
+
+    @cached_property
+    def adapters(self) -> tuple[TensorSpec, ...]:
+        """Every adapter matrix of the whole model, in order."""
+        return tuple(spec for name, spec in self.tensors.repeat(self.cut.sources) if ".lora_" in name)
+
+    @cached_property
+    def trainable(self) -> tuple[TensorSpec, ...]:
+        """What the optimizer updates in the whole model, in its order."""
+        return tuple(spec for _, spec in self.tensors.repeat(self.cut.sources) if spec.trainable)
+
+    def find_like(self, strategy: Strategy) -> RehearsalModel | None:
+        """This model for a strategy with another number of checkpointed layers; None where other ones are traced."""
+        cut = plan_cut(self.kinds, strategy)
+        checkpointed = strategy.checkpointed_layers
+        same = cut.sketch(self.kinds, checkpointed) == self.sketch
+        return replace(self, cut=cut) if same else None
 
 
 def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bool = True) -> RehearsalModel:
@@ -92,7 +112,7 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
     base = _build_base(config, strategy)
     weights, tied = _list_weights(base), _find_tied(base)
     kinds = _kinds(base)
-    plan = _plan_cut(kinds, strategy) if cut else _no_cut(kinds)
+    plan = plan_cut(kinds, strategy) if cut else no_cut(kinds)
     _cut_layers(base, plan)
     with torch.device("meta"):
         model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
@@ -101,18 +121,15 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
     if strategy.compile:
         make_compilable(base)
     model.train()
-    expanded = tuple(_expand(model, base, plan))
-    adapters = tuple(spec for name, spec in expanded if ".lora_" in name)
-    trainable = tuple(spec for _, spec in expanded if spec.trainable)
     return RehearsalModel(
         model=model,
         base=base,
         layers=tuple(find_layers(base)),
-        kinds=[kinds[index] for index in plan.picked],
+        kinds=kinds,
         cut=plan,
+        sketch=plan.sketch(kinds, strategy.checkpointed_layers),
+        tensors=_list_tensors(model, base),
         weights=weights,
-        adapters=adapters,
-        trainable=trainable,
         tied=tied,
     )
 
@@ -214,57 +231,6 @@ def _kinds(base: Any) -> list[tuple[Any, ...]]:
     return kinds
 
 
-def _no_cut(kinds: Sequence[Hashable]) -> Cut:
-    layers = tuple(range(len(kinds)))
-    return Cut(picked=layers, sources=layers, blocks=(len(layers),), copies={})
-
-
-def _plan_cut(kinds: Sequence[Hashable], strategy: Strategy) -> Cut:
-    """The fewest layers that show every transition, of the checkpointed ones and of the others."""
-    checkpointed = min(strategy.checkpointed_layers, len(kinds))
-    picked: list[int] = []
-    sources: list[int] = []
-    blocks: list[int] = []
-    copies: dict[int, int] = {}
-    for start, run in ((0, kinds[:checkpointed]), (checkpointed, kinds[checkpointed:])):
-        if not run:
-            continue
-        sizes, left_out = _find_blocks(run)
-        if left_out:
-            copies[len(blocks) + TEMPLATE] = left_out
-        period, before, layers = sizes[-1], sum(sizes), len(run)
-        if left_out:
-            period, before = sizes[TEMPLATE], sum(sizes[: TEMPLATE + 1])
-        sources += [len(picked) + _source(layer, period, before, left_out) for layer in range(layers)]
-        after = sum(sizes) - before
-        picked += [start + layer for layer in (*range(before), *range(layers - after, layers))]
-        blocks += sizes
-    return Cut(picked=tuple(picked), sources=tuple(sources), blocks=tuple(blocks), copies=copies)
-
-
-def _source(layer: int, period: int, before: int, copies: int) -> int:
-    """Which of the picked layers stands for a run's layer; the last `period` of the first `before` ones are copied."""
-    if layer < before:
-        return layer
-    if layer < before + copies * period:
-        return before - period + (layer - before) % period
-    return layer - copies * period
-
-
-def _find_blocks(kinds: Sequence[Hashable]) -> tuple[tuple[int, ...], int]:
-    """Layers of each block: a first one, three alike, and a last one with what remains; and how often the middle one
-    is left out. One block of all, where they do not repeat as often."""
-    layers = len(kinds)
-    for period in range(1, layers // BLOCKS_TRACED + 1):
-        for lead in range(min(period, 4) + 1):
-            if any(kinds[i] != kinds[i + period] for i in range(lead, layers - period)):
-                continue
-            repeats, rest = divmod(layers - lead, period)
-            if repeats > BLOCKS_TRACED:
-                return (lead + period, period, period, period, period + rest), repeats - BLOCKS_TRACED
-    return (layers,), 0
-
-
 def _cut_layers(base: Any, cut: Cut) -> None:
     """Leave only the picked layers in the model and in its config."""
     if not cut.copies:
@@ -280,14 +246,13 @@ def _cut_layers(base: Any, cut: Cut) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def _expand(model: nn.Module, base: Any, cut: Cut) -> Iterator[tuple[str, TensorSpec]]:
-    """(path, spec) of every parameter of the whole model, in order, from those of the cut one."""
+def _list_tensors(model: nn.Module, base: Any) -> ModelTensors:
     layers = find_layers(base)
     inside = next(path for path, module in model.named_modules() if module is layers)
     pattern = re.compile(rf"{re.escape(inside)}\.(\d+)\.")
     before: list[tuple[str, TensorSpec]] = []
     after: list[tuple[str, TensorSpec]] = []
-    by_layer: dict[int, list[tuple[str, TensorSpec]]] = {index: [] for index in range(len(layers))}
+    by_layer: list[list[tuple[str, TensorSpec]]] = [[] for _ in layers]
     for path, module, name, tensor in _tensors(model):
         if not isinstance(tensor, nn.Parameter):
             continue
@@ -296,7 +261,4 @@ def _expand(model: nn.Module, base: Any, cut: Cut) -> Iterator[tuple[str, Tensor
             by_layer[int(found[1])].append(entry)
         else:
             (after if by_layer[0] else before).append(entry)
-    yield from before
-    for source in cut.sources:
-        yield from by_layer[source]
-    yield from after
+    return ModelTensors(before=before, layers=by_layer, after=after)

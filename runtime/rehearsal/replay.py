@@ -9,7 +9,7 @@ from ...planner.allocator import Block, CachingAllocator
 from ...planner.memory import Components
 from ...planner.timeline import EventLog
 from .model import TensorSpec
-from .watch import WORKSPACES, Recording
+from .watch import FIRST_STORAGE, Recording
 
 MANAGED_CHUNK_BYTES = 128 * 2**20
 """NVML shows managed memory in steps of this size (19 of the 95 measured rows have some)."""
@@ -17,11 +17,10 @@ MANAGED_CHUNK_BYTES = 128 * 2**20
 
 @dataclass(kw_only=True)
 class PhasePeak:
-    """The highest moment of a phase, bytes: what was allocated, by component, and what was reserved by its end."""
+    """The highest moment of a phase, bytes: what was allocated, and that by component."""
 
     allocated_bytes: int = 0
     components: dict[str, int] = field(default_factory=dict)
-    reserved_bytes: int = 0
 
 
 class Replay:
@@ -38,6 +37,7 @@ class Replay:
         self.step_logs: list[EventLog] = []
         self._managed_free = 0
         self._live: dict[Hashable, tuple[Block, str]] = {}
+        self._played: dict[int, Block] = {}
         self._totals = dict.fromkeys(Components.model_fields, 0)
         self._peak = PhasePeak()
         self._log = self.start_log()
@@ -90,36 +90,42 @@ class Replay:
         self,
         events: Iterable[int],
         recording: Recording,
-        prefix: Hashable,
         update: Callable[[Sequence[TensorSpec]], None] = lambda _: None,
     ) -> None:
-        """Play a recording's events; its storages are told from other plays' by `prefix`. Workspaces stay for good.
+        """Play a recording's events. Workspaces stay for good; what is left of the rest is freed by end_play().
 
         update: replays an update in backward
         """
-        sizes, components, updates = recording.sizes, recording.components, recording.updates
+        sizes, components, played, totals = recording.sizes, recording.components, self._played, self._totals
+        allocator, peak, add, updates = self.allocator, self._peak, self._log.add, recording.updates
         for event in events:
-            if event in updates:
+            if updates and event in updates:
                 update(updates[event])
-            elif event in WORKSPACES:
+            elif event >= FIRST_STORAGE:
+                block = played[event] = allocator.allocate(sizes[event])
+                component, size = components[event], block.size_bytes
+                totals[component] += size
+                add(component, size)
+                if allocator.allocated_bytes > peak.allocated_bytes:
+                    self._note()
+            elif event >= 0:
                 if event not in self._live:
                     self.allocate(event, sizes[event], components[event])
-            elif event >= 0:
-                self.allocate((prefix, event), sizes[event], components[event])
-            elif (prefix, ~event) in self._live:
-                self.free((prefix, ~event))
+            elif ~event in played:
+                block, component = played.pop(~event), components[~event]
+                totals[component] -= block.size_bytes
+                add(component, -block.size_bytes)
+                allocator.free(block)
 
-    def free_all(self, prefix: Hashable) -> None:
-        """Free what is left of a play, as setting gradients to None does."""
-        for key in [one for one in self._live if isinstance(one, tuple) and one[0] == prefix]:
-            self.free(key)
+    def end_play(self, recording: Recording) -> None:
+        """Free what is left of a recording, as setting gradients to None does."""
+        self.play([~number for number in self._played], recording)
 
     def _note(self) -> None:
         peak, allocator = self._peak, self.allocator
         if allocator.allocated_bytes > peak.allocated_bytes:
             peak.allocated_bytes = allocator.allocated_bytes
             peak.components = dict(self._totals)
-        peak.reserved_bytes = max(peak.reserved_bytes, allocator.reserved_bytes)
 
     def highest(self, phases: Sequence[str]) -> str:
         """The phase, of these, with the highest peak of allocated memory."""

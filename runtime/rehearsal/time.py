@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, join_phases, make_step_time
 from ...planner.step_cost import estimate_update_work, host_waits
 from ...planner.strategy import Dtype, Rates, Strategy
-from .model import Cut
+from .cut import Cut
 from .trace import TracedStep
 
 PHASES = ("forward", "backward")

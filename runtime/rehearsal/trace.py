@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,29 +50,87 @@ class TracedStep:
     next: list[Segment]
 
 
-def trace_step(
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep:
+    """The step on the cut model, as it was recorded; micro_batches: how many it has."""
+
+    model: RehearsalModel
+    recording: Recording
+    operations: Sequence[Operation]
+    micro_batches: int
+
+    def extend(self) -> TracedStep:
+        """The step on the whole model; NotPeriodic where its layers do not repeat."""
+        recording = self.recording.fork()
+        segments = extend(recording, split_segments(recording, self.model.cut), self.model.cut)
+        starts = [index for index, segment in enumerate(segments) if segment.name == "data"]
+        assert len(starts) == self.micro_batches, "each micro-batch begins with its data"
+        first = segments[: starts[1]] if self.micro_batches > 1 else segments
+        return TracedStep(
+            model=self.model,
+            recording=recording,
+            operations=self.operations,
+            first=[one for one in first if one.name != "build"],
+            next=segments[starts[1] :] if self.micro_batches > 1 else [],
+        )
+
+
+class Traces:
+    """The traced steps of one model on rows of one length, for all cards and budgets.
+
+    One recording serves all strategies that differ only in how often the recorded layers occur, or in what is replayed
+    afterwards: the update, and the number of micro-batches.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, sequence_length: int) -> None:
+        self.config, self.sequence_length = dict(config), sequence_length
+        self._traced: dict[tuple[CudaCard, Strategy], TracedStep] = {}
+        self._recorded: dict[tuple[CudaCard, Strategy], list[RecordedStep]] = defaultdict(list)
+
+    def find(self, strategy: Strategy, card: CudaCard) -> TracedStep:
+        """The strategy's step on a card."""
+        step = strategy.model_copy(
+            update={
+                "optimizer": "adamw",
+                "rounding": "nearest",
+                "learning_rate": 0.0,
+                "expandable_segments": False,
+                "clips_gradients": True,
+                "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
+            }
+        )
+        if (card, step) not in self._traced:
+            self._traced[card, step] = self._trace(step, card)
+        return self._traced[card, step]
+
+    def _trace(self, step: Strategy, card: CudaCard) -> TracedStep:
+        recorded = self._recorded[card, step.model_copy(update={"checkpointed_layers": 0})]
+        for one in recorded:
+            model = one.model.find_like(step)
+            if model is not None:
+                return replace(one, model=model).extend()
+        recorded.append(record_step(self.config, step, card, sequence_length=self.sequence_length))
+        try:
+            return recorded[-1].extend()
+        except NotPeriodic:
+            return record_step(self.config, step, card, sequence_length=self.sequence_length, cut=False).extend()
+
+
+def trace_step(config: Mapping[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+    """Trace a step: few layers, and the middle ones' events repeated."""
+    return Traces(config, sequence_length=sequence_length).find(strategy, card)
+
+
+def record_step(
     config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int, cut: bool = True
-) -> TracedStep:
-    """Trace a step; cut: trace few layers and repeat the middle ones' events."""
+) -> RecordedStep:
+    """Run a step on fakes; cut: on few layers."""
     with _trace_errors(config["model_type"]):
         model = build_rehearsal_model(config, strategy, cut=cut)
     with _trace_errors(type(model.base).__name__):
-        watch, boundaries = _record(model, strategy, card, sequence_length)
-    recording = watch.recording
-    segments = split_segments(recording, model.cut)
-    try:
-        segments = extend(recording, segments, model.cut)
-    except NotPeriodic:
-        return trace_step(config, strategy, card, sequence_length=sequence_length, cut=False)
-    starts = [index for index, segment in enumerate(segments) if segment.name == "data"]
-    assert len(starts) == boundaries, "each micro-batch begins with its data"
-    first = segments[: starts[1]] if boundaries > 1 else segments
-    return TracedStep(
-        model=model,
-        recording=recording,
-        operations=watch.ledger.operations,
-        first=[one for one in first if one.name != "build"],
-        next=segments[starts[1] :] if boundaries > 1 else [],
+        watch, micro_batches = _record(model, strategy, card, sequence_length)
+    return RecordedStep(
+        model=model, recording=watch.recording, operations=watch.ledger.operations, micro_batches=micro_batches
     )
 
 
@@ -98,7 +157,9 @@ def _record(
     ):
         watch.enter("build", "weights")
         make_fakes(model.model, strategy)
-        compiled = compiled_layers(model.layers, model.kinds, watch) if strategy.compile else contextlib.nullcontext()
+        compiled = (
+            compiled_layers(model.layers, model.traced_kinds, watch) if strategy.compile else contextlib.nullcontext()
+        )
         updates = record_updates(model, watch) if strategy.optimizer_in_backward else None
         with compiled:
             for _ in range(micro_batches):

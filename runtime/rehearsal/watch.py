@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from .model import TensorSpec
 WORKSPACES = (0, 1, 2, 3)
 """Numbers of the workspaces that stay: cuBLAS's of the main thread and of autograd's, which has a handle of its own,
 and cuBLASLt's of both."""
+FIRST_STORAGE = len(WORKSPACES)
+"""The number of the first storage that comes and goes."""
 LT_WORKSPACE_BYTES = 2**20
 """cuBLASLt's workspace, which products with a bias use (CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE)."""
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
@@ -64,6 +66,10 @@ class Recording:
         if number in self.updates:
             self.updates[copied] = self.updates[number]
         return copied
+
+    def fork(self) -> Recording:
+        """One that storages can be added to."""
+        return replace(self, sizes=[*self.sizes], components=[*self.components], updates=dict(self.updates))
 
 
 class _Storage:

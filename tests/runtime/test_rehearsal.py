@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from fitune.recipes.errors import ModelError
 from fitune.recipes.schema import BudgetTable
 from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
 from fitune.runtime.rehearsal.cuda import CudaCard
-from fitune.runtime.rehearsal.measure import Rehearsal, Traces, count_unsure, rehearse
-from fitune.runtime.rehearsal.trace import TracedStep, trace_step
+from fitune.runtime.rehearsal.layers import Segment
+from fitune.runtime.rehearsal.measure import Rehearsal, count_unsure, rehearse
+from fitune.runtime.rehearsal.time import list_works
+from fitune.runtime.rehearsal.trace import RecordedStep, TracedStep, Traces, record_step, trace_step
 from fitune.runtime.rehearsal.watch import WORKSPACES
 
 DATA = Path(__file__).parents[1] / "data"
@@ -74,7 +77,9 @@ def make_strategy(method: str = "lora", **changes: Any) -> Strategy:
 
 
 def trace(config: dict[str, Any], strategy: Strategy, *, cut: bool = True, length: int = 256) -> TracedStep:
-    return trace_step(config, strategy, CudaCard(), sequence_length=length, cut=cut)
+    if cut:
+        return trace_step(config, strategy, CudaCard(), sequence_length=length)
+    return record_step(config, strategy, CudaCard(), sequence_length=length, cut=False).extend()
 
 
 def predict(config: dict[str, Any], strategy: Strategy, *, length: int = 256) -> Memory:
@@ -253,11 +258,11 @@ def test_strategies_that_differ_in_the_update_share_one_trace(monkeypatch: pytes
     alone = [predict(LLAMA, strategy) for strategy in strategies]
     traced: list[Strategy] = []
 
-    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> RecordedStep:
         traced.append(strategy)
-        return trace_step(config, strategy, card, sequence_length=sequence_length)
+        return record_step(config, strategy, card, sequence_length=sequence_length)
 
-    monkeypatch.setattr("fitune.runtime.rehearsal.measure.trace_step", count)
+    monkeypatch.setattr("fitune.runtime.rehearsal.trace.record_step", count)
     rehearsal = Rehearsal(Traces(LLAMA, sequence_length=256), make_shape(LLAMA), make_device(), merge=False)
     assert [rehearsal.measure(strategy) for strategy in strategies] == alone
     assert len(traced) == 3
@@ -269,15 +274,58 @@ def test_cards_and_budgets_share_a_trace_where_their_kernels_allocate_alike(monk
     alone = [rehearse(LLAMA, make_strategy(), device, sequence_length=256, merge=False) for device in devices]
     traced: list[CudaCard] = []
 
-    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> RecordedStep:
         traced.append(card)
-        return trace_step(config, strategy, card, sequence_length=sequence_length)
+        return record_step(config, strategy, card, sequence_length=sequence_length)
 
-    monkeypatch.setattr("fitune.runtime.rehearsal.measure.trace_step", count)
+    monkeypatch.setattr("fitune.runtime.rehearsal.trace.record_step", count)
     traces = Traces(LLAMA, sequence_length=256)
     shared = [Rehearsal(traces, make_shape(LLAMA), device, merge=False).measure(make_strategy()) for device in devices]
     assert shared == alone
     assert [card.major for card in traced] == [8, 9]
+
+
+def list_events(segments: Sequence[Segment]) -> list[tuple[str, int | None, list[int]]]:
+    """The events of each segment; frees that follow each other in one order, since autocast's cache has none."""
+    return [
+        (
+            one.name,
+            one.block,
+            [
+                event
+                for frees, run in groupby(one.events, lambda event: event < 0)
+                for event in (sorted(run) if frees else run)
+            ],
+        )
+        for one in segments
+    ]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_recording_serves_any_number_of_checkpointed_layers(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLAMA | {"num_hidden_layers": 20}
+    strategies = [
+        make_strategy(method, checkpointed_layers=layers, gradient_accumulation_steps=2) for layers in (8, 13, 20, 0, 6)
+    ]
+    trace(config, strategies[0])
+    fresh = [trace(config, strategy) for strategy in strategies]
+    recorded: list[int] = []
+
+    def count(config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> RecordedStep:
+        recorded.append(strategy.checkpointed_layers)
+        return record_step(config, strategy, card, sequence_length=sequence_length)
+
+    monkeypatch.setattr("fitune.runtime.rehearsal.trace.record_step", count)
+    traces = Traces(config, sequence_length=256)
+    for strategy, alone in zip(strategies, fresh, strict=True):
+        shared = traces.find(strategy, CudaCard())
+        assert list_events(shared.first) == list_events(alone.first)
+        assert list_events(shared.next) == list_events(alone.next)
+        assert shared.recording.sizes == alone.recording.sizes
+        assert shared.recording.components == alone.recording.components
+        assert list(list_works(shared)) == list(list_works(alone))
+        assert (shared.model.trainable, shared.model.adapters) == (alone.model.trainable, alone.model.adapters)
+    assert recorded == [8, 20, 0]
 
 
 def test_what_the_addresses_may_change_is_required_twice() -> None:

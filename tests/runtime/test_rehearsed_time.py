@@ -24,8 +24,9 @@ from fitune.runtime.rehearsal.accuracy_speed import (
     render_speed_table,
     time_row,
 )
-from fitune.runtime.rehearsal.measure import Rehearsal, Traces
+from fitune.runtime.rehearsal.measure import Rehearsal
 from fitune.runtime.rehearsal.time import list_works, time_step
+from fitune.runtime.rehearsal.trace import Traces
 
 DATA = Path(__file__).parents[1] / "data"
 RATES = make_gpu_rates(find_gpu("H100 80GB"))
