@@ -69,16 +69,16 @@ def estimate_layer_bytes(step: StepShape, block: BlockShape) -> int:
 
 def _norm_bytes(step: StepShape) -> int:
     """Each norm keeps its input in fp32 (4TH), and where its own weight is trained the normalised copy in the input's
-    dtype (wTH; aT a feature of queries and keys). Norms that read the same fp32 residual share it. Compiled ones keep
+    dtype (wTH; aT a feature of queries and keys). Norms that read the same fp32 residual share it. Fused ones keep
     their input in its own dtype alone and compute the rest again."""
     shape = step.shape
-    trains_copy = step.trains_base and shape.norm == "rmsnorm" and not step.strategy.compile
-    each = (step.residual_bytes if step.strategy.compile else FP32) + (step.weight_bytes if trains_copy else 0)
+    trains_copy = step.trains_base and shape.norm == "rmsnorm" and not step.strategy.fuses
+    each = (step.residual_bytes if step.strategy.fuses else FP32) + (step.weight_bytes if trains_copy else 0)
     shares = shape.parallel_residual and step.residual_bytes == FP32
     hidden = (1 if shares else shape.norms_per_block) * each * step.tokens * shape.hidden_size
     if not shape.qk_norm:
         return hidden
-    query_key = FP32 + (step.compute_bytes if trains_copy else 0)
+    query_key = (step.compute_bytes if step.strategy.fuses else FP32) + (step.compute_bytes if trains_copy else 0)
     return hidden + query_key * step.tokens * (shape.heads + shape.kv_heads) * shape.head_dim
 
 
@@ -149,7 +149,7 @@ def _keeps_fused_projection(step: StepShape, block: BlockShape) -> bool:
 
 def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
     """Gated: gate, activation(gate), up, and their product as the input of the last linear layer: 4aTI. Under adapter
-    dropout the product is not kept: the adapter keeps its own copy. Compiled, activation(gate) is computed again.
+    dropout the product is not kept: the adapter keeps its own copy. Fused, activation(gate) is computed again.
 
     Otherwise the activation's input (in fp32 where the MLP is) and output. GPT-2's gelu_new is written out in Python:
     16 bytes an element in fp32, 14 under autocast, whose pow and tanh run in fp32. Experts see each token
@@ -164,7 +164,7 @@ def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
         return a * visits * (4 * shape.intermediate_size + 3 * shape.hidden_size)
     elements = step.tokens * shape.intermediate_size
     if shape.gated_mlp:
-        return (3 + last_kept - step.strategy.compile) * a * elements
+        return (3 + last_kept - step.strategy.fuses) * a * elements
     if shape.activation == "gelu_new":
         return (14 if step.mlp_bytes < FP32 else 16) * elements + last_kept * a * elements
     kept_twice = last_kept and (shape.activation != "relu" or step.mlp_bytes != a)

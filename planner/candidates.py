@@ -9,7 +9,7 @@ from itertools import product
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
 from .shape import ModelShape
-from .strategy import Attention, Device, Dtype, LossHead, Method, Optimizer, Strategy
+from .strategy import Attention, Device, Dtype, Kernels, LossHead, Method, Optimizer, Strategy
 
 LEARNING_RATE: dict[Method, float] = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """Used where the recipe says auto."""
@@ -27,6 +27,12 @@ AUTO_OPTIMIZERS: dict[str, tuple[Optimizer, ...]] = {
     "cpu": ("adamw", "adamw_8bit"),
 }
 """What auto tries. bitsandbytes' paged optimizers run unpaged on a CPU, so none is offered there."""
+LIGER_ACTIVATIONS: dict[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3"), "silu"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "gelu_pytorch_tanh"),
+}
+"""Families whose losses and gradients are the same with Liger's kernels (tests/runtime/test_liger.py), to the
+activation of the MLP that Liger has for them."""
 LOSS_HEADS: tuple[LossHead, ...] = ("full", "fused", "chunked")
 """In the order of preference."""
 
@@ -94,12 +100,12 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
     """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
-    for (setting, micro, in_backward), checkpointed, head, optimizer, compiled in product(
+    for (setting, micro, in_backward), checkpointed, head, optimizer, (compiled, kernels) in product(
         _list_settings_of_batches(recipe, device, method),
         _list_checkpointed_layers(recipe, shape),
         _list_loss_heads(recipe, method, shape),
         AUTO_OPTIMIZERS[device.kind] if train.optimizer == "auto" else (train.optimizer,),
-        _list_compile(recipe, device, shape),
+        _list_kernels(recipe, device, shape),
     ):
         adapter_dtype: Dtype | None = None
         if has_adapter:
@@ -124,6 +130,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             optimizer_in_backward=in_backward,
             clips_gradients=train.max_grad_norm != "off",
             compile=compiled,
+            kernels=kernels,
             packing=recipe.data.packing,
             activation_offload=train.activation_offload,
             expandable_segments=train.expandable_segments,
@@ -166,6 +173,34 @@ def _list_compile(recipe: Recipe, device: Device, shape: ModelShape) -> tuple[bo
         return (recipe.train.compile,)
     is_plain = shape.experts is None and not shape.is_guess
     return (True, False) if device.kind == "cuda" and device.compiles and is_plain else (False,)
+
+
+def _list_kernels(recipe: Recipe, device: Device, shape: ModelShape) -> tuple[tuple[bool, Kernels], ...]:
+    """(compiled layers, kernels) to try. Compiled layers fuse what Liger's kernels do, and more; where layers are not
+    compiled Liger's keep less and are faster than PyTorch's in every measured pair, so auto tries no others."""
+    asked, why_not = recipe.train.kernels, _explain_no_liger(device, shape)
+    if asked == "liger":
+        if why_not:
+            raise PlanError(f'train.kernels: "liger" cannot be had: {why_not}; "torch" works everywhere')
+        return ((False, "liger"),)
+    eager: Kernels = "torch" if asked == "torch" or why_not else "liger"
+    return tuple((compiled, "torch" if compiled else eager) for compiled in _list_compile(recipe, device, shape))
+
+
+def _explain_no_liger(device: Device, shape: ModelShape) -> str | None:
+    """Why Liger's kernels cannot run a model on a device; None where they can."""
+    activation = LIGER_ACTIVATIONS.get(shape.model_type)
+    if device.kind == "cpu":
+        return f"its kernels need a GPU, and this plan is for {device.name}"
+    if activation is None:
+        return f"its kernels are tested with {', '.join(LIGER_ACTIVATIONS)}, and this model is a {shape.model_type}"
+    if shape.activation not in (activation, "swish" if activation == "silu" else activation):
+        return f"it has {activation} for {shape.model_type}, and this model computes {shape.activation}"
+    if not device.compiles:
+        return f"{device.name} needs compute capability 7.0 or more, and its machine Triton and a C compiler"
+    if not device.has_liger:
+        return 'it is not installed here, or Triton is not: pip install "fitune[liger]" (on Linux)'
+    return None
 
 
 def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple[LossHead, ...]:

@@ -39,6 +39,7 @@ MAY_DIFFER = {
     "save_attention",
     "optimizer_in_backward",
     "compile",
+    "kernels",
     "activation_offload",
     "expandable_segments",
 }
@@ -363,6 +364,7 @@ def _kind(strategy: Strategy) -> tuple[object, ...]:
         strategy.weights_dtype,
         strategy.loss_head,
         strategy.compile,
+        strategy.kernels,
         strategy.save_attention,
         strategy.optimizer_in_backward,
     )

@@ -13,22 +13,23 @@ from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
 from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
 from .model_shape import BlockShape, LinearShape, ModelShape
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
-from .strategy import DTYPE_BYTES, Dtype, Optimizer, Strategy
+from .strategy import DTYPE_BYTES, Dtype, Kernels, Optimizer, Strategy
 
-NORM_BYTES = 36
-"""Bytes a feature that an RMSNorm's operations move in forward: to fp32, square, mean, scale, back, times its
-weight."""
-ROTARY_BYTES = 18
-"""The same of rotary positions: two products, a rotated copy, a sum."""
-MLP_BYTES = 10
-"""The same of a gated MLP's activation and product."""
-RESIDUAL_BYTES = 6
+BACKWARD_FACTOR = 2.0
+"""Bytes that are moved in backward for one in forward."""
+NORM_BYTES: dict[Kernels, tuple[float, float]] = {"torch": (36, 36 * BACKWARD_FACTOR), "liger": (4, 6)}
+"""(forward, backward) bytes a feature that an RMSNorm moves. torch: to fp32, square, mean, scale, back, times its
+weight. Liger's kernel reads and writes it once; in backward it reads it and its gradient."""
+ROTARY_BYTES: dict[Kernels, tuple[float, float]] = {"torch": (18, 18 * BACKWARD_FACTOR), "liger": (4, 4)}
+"""The same of rotary positions: two products, a rotated copy, a sum; Liger's kernel works in place."""
+MLP_BYTES: dict[Kernels, tuple[float, float]] = {"torch": (10, 10 * BACKWARD_FACTOR), "liger": (6, 10)}
+"""The same of a gated MLP's activation and product; Liger's kernel reads gate and up, in backward the product's
+gradient too, and overwrites both."""
+RESIDUAL_BYTES = (6, 6 * BACKWARD_FACTOR)
 ADAPTER_BYTES = 10
 """The same of scaling an adapter's output and adding it."""
 DROPOUT_BYTES = 5
 FP32_BYTES = 4
-BACKWARD_FACTOR = 2.0
-"""Bytes that are moved in backward for one in forward."""
 FUSED_SHARE = 0.3
 """Of these bytes that are left where layers are compiled: each chain of operations reads and writes once."""
 SCORE_BYTES = 24
@@ -37,9 +38,9 @@ HEAD_BYTES = 24
 """Bytes a logit that the loss moves in forward: to fp32, log-softmax, and as much in backward."""
 HEAD_CALLS = 15
 """Operations of the loss, and of embedding and final norm."""
-FORWARD_CALLS = 80
+FORWARD_CALLS: dict[Kernels, float] = {"torch": 80, "liger": 64}
 """Operations that a decoder layer starts in forward; counted in a rehearsal of Llama, with an adapter's beside it."""
-BACKWARD_CALLS = 160
+BACKWARD_CALLS: dict[Kernels, float] = {"torch": 160, "liger": 120}
 ADAPTER_FORWARD_CALLS = 12
 ADAPTER_BACKWARD_CALLS = 15
 RECOMPUTE_CALLS = 90
@@ -111,7 +112,7 @@ def _list_layer(step: StepShape, block: BlockShape, *, share: float = 1.0) -> It
         yield from _list_adapter(step, linear, repeats, gradients=False)
     yield from _list_experts(step, block, repeats, factor=1)
     yield from _list_attention(step, block, repeats, backward=False)
-    yield _make_traffic(step, repeats, factor=1.0)
+    yield _make_traffic(step, repeats, backward=False)
 
 
 def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
@@ -127,7 +128,7 @@ def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
         yield from _list_adapter(step, linear, block.repeats, gradients=True)
     yield from _list_experts(step, block, block.repeats, factor=2 if step.trains_base else 1)
     yield from _list_attention(step, block, block.repeats, backward=True)
-    yield _make_traffic(step, block.repeats, factor=BACKWARD_FACTOR)
+    yield _make_traffic(step, block.repeats, backward=True)
 
 
 def _list_product(step: StepShape, linear: LinearShape, repeats: float) -> Iterator[Work]:
@@ -181,7 +182,7 @@ def _list_experts(step: StepShape, block: BlockShape, repeats: float, *, factor:
         flops=2.0 * factor * step.tokens * share * block.expert_parameters,
         bytes=a * block.expert_parameters,
         width=a,
-        calls=_scale_calls(step.strategy, FORWARD_CALLS),
+        calls=_scale_calls(step.strategy, FORWARD_CALLS[step.strategy.kernels]),
         times=repeats,
     )
 
@@ -211,20 +212,20 @@ def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backw
     )
 
 
-def _make_traffic(step: StepShape, repeats: float, *, factor: float) -> Work:
+def _make_traffic(step: StepShape, repeats: float, *, backward: bool) -> Work:
     """Norms, positions, activation and residuals of a layer, and the operations that it starts."""
     shape, strategy = step.shape, step.strategy
-    visits = shape.experts_per_token or 1
-    features = (
-        NORM_BYTES * shape.norms_per_block * shape.hidden_size
-        + ROTARY_BYTES * (shape.heads + shape.kv_heads) * shape.head_dim
-        + MLP_BYTES * visits * shape.intermediate_size
-        + 2 * RESIDUAL_BYTES * shape.hidden_size
+    visits, kernels = shape.experts_per_token or 1, strategy.kernels
+    moved = (
+        NORM_BYTES[kernels][backward] * shape.norms_per_block * shape.hidden_size
+        + ROTARY_BYTES[kernels][backward] * (shape.heads + shape.kv_heads) * shape.head_dim
+        + MLP_BYTES[kernels][backward] * visits * shape.intermediate_size
+        + 2 * RESIDUAL_BYTES[backward] * shape.hidden_size
     )
-    calls = FORWARD_CALLS if factor == 1.0 else BACKWARD_CALLS
+    calls = (BACKWARD_CALLS if backward else FORWARD_CALLS)[kernels]
     return Work(
         kind="memory",
-        bytes=factor * step.tokens * features * (FUSED_SHARE if strategy.compile else 1.0),
+        bytes=step.tokens * moved * (FUSED_SHARE if strategy.compile else 1.0),
         calls=_scale_calls(strategy, calls),
         times=repeats,
     )

@@ -10,6 +10,7 @@ Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "varlen"]
 LossHead = Literal["full", "chunked", "fused"]
+Kernels = Literal["torch", "liger"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -77,6 +78,7 @@ class Device(Value):
     beside:          what `fitune calibrate` learnt of it, None where the closed form's constant holds
     rates:           how fast it works, None where that is not known: then no time is predicted
     compiles:        whether layers can be compiled: a GPU that Triton knows, and a C compiler for its launchers
+    has_liger:       whether Liger's kernels are installed where the plan is made
     """
 
     name: str
@@ -92,6 +94,7 @@ class Device(Value):
     beside: DeviceConstant | None = None
     rates: Rates | None = None
     compiles: bool = True
+    has_liger: bool = False
 
 
 class DataFacts(Value):
@@ -137,6 +140,7 @@ class Strategy(Value):
     optimizer_in_backward: a layer is updated in backward, as soon as its gradients are there, which are freed then
     clips_gradients:  whether gradients are scaled to a norm
     compile:          layers compiled, and with them the fused loss head
+    kernels:          of norms, rotary positions and gated MLPs: PyTorch's operations, or Liger's kernels
     packing:          short rows put together, which gives every attention but varlen an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
     expandable_segments: segments of CUDA's caching allocator grow
@@ -163,6 +167,7 @@ class Strategy(Value):
     optimizer_in_backward: bool = False
     clips_gradients: bool = True
     compile: bool = False
+    kernels: Kernels = "torch"
     packing: bool = False
     activation_offload: bool = False
     expandable_segments: bool = False
@@ -173,6 +178,11 @@ class Strategy(Value):
     def gradient_checkpointing(self) -> bool:
         """Whether any layer is checkpointed; in the plan's JSON for its readers."""
         return self.checkpointed_layers > 0
+
+    @property
+    def fuses(self) -> bool:
+        """Whether norms and activations are one kernel each, which computes in backward again what it can."""
+        return self.compile or self.kernels == "liger"
 
     @model_validator(mode="before")
     @classmethod

@@ -146,16 +146,19 @@ class WhatFits(Value):
 
 
 def make_cards(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -> tuple[Card | UnableCard, ...]:
-    """How the recipe runs on each card of the catalog, least memory first; the inputs' own device does not matter."""
+    """How the recipe runs on each card of the catalog, least memory first; of the inputs' own device only what is
+    installed there matters."""
     budget = inputs.recipe_file.recipe.budget
     gpus = sorted(list_gpus(), key=lambda gpu: (gpu.memory_bytes, gpu.name))
-    return tuple(_make_card(gpu, replace(inputs, device=make_card_device(gpu, budget)), make_measure) for gpu in gpus)
+    devices = [(gpu, make_card_device(gpu, budget, has_liger=inputs.device.has_liger)) for gpu in gpus]
+    return tuple(_make_card(gpu, replace(inputs, device=device), make_measure) for gpu, device in devices)
 
 
-def make_card_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
+def make_card_device(gpu: CatalogGpu, budget: BudgetTable, *, has_liger: bool) -> Device:
     """A card as the device of a plan: what can be used of its memory, or `budget.memory` where that is less."""
     device = make_catalog_device(gpu, budget)
-    return device.model_copy(update={"budget_bytes": min(device.budget_bytes, gpu.usable_bytes)})
+    usable = min(device.budget_bytes, gpu.usable_bytes)
+    return device.model_copy(update={"budget_bytes": usable, "has_liger": has_liger})
 
 
 def _make_card(gpu: CatalogGpu, inputs: PlanInputs, make_measure: MeasureFactory | None) -> Card | UnableCard:

@@ -151,6 +151,8 @@ class TrainTable(Table):
     """Logits of all tokens at once (full) or of some (chunked, fused); fused computes gradients in the forward."""
     compile: Literal["auto"] | bool = "auto"
     """Whether layers are compiled; auto: dense layers of known families on a GPU."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """Of norms, rotary positions and gated MLPs; auto: Liger's (fitune[liger]) on a GPU where nothing is compiled."""
     activation_offload: bool = False
     """Whether what the layers keep for backward waits in host memory; on a GPU only."""
     expandable_segments: bool = False
@@ -163,6 +165,13 @@ class TrainTable(Table):
     """What a step does whose loss or gradients are NaN or infinite: end the run, or leave the weights as they are."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the adapters, the order of rows and dropout, 0 to 4294967295."""
+
+    @field_validator("kernels")
+    @classmethod
+    def _check_kernels(cls, kernels: str, info: ValidationInfo) -> str:
+        if kernels == "liger" and info.data.get("compile") is True:
+            raise ValueError('"liger" excludes train.compile = true, which fuses the same operations: choose one')
+        return kernels
 
     @field_validator("epochs")
     @classmethod

@@ -33,6 +33,7 @@ from ..planner.views import (
 )
 from ..recipes.errors import FituneError, Problem, RecipeError
 from ..recipes.schema import BudgetTable
+from .machine.devices import has_liger
 from .planning import Job
 
 EXIT_ERROR, EXIT_NOTHING_FITS = 1, 3
@@ -69,7 +70,7 @@ def show_cards(
     """Every card of the catalog: 0 where one of them can run the recipe."""
     job = Job(path, overrides)
     # The cards are the catalog's, so nothing of this machine is looked at.
-    any_card = make_card_device(list_gpus()[0], job.recipe_file.recipe.budget)
+    any_card = make_card_device(list_gpus()[0], job.recipe_file.recipe.budget, has_liger=has_liger())
     inputs = job.find_inputs(quick=True, device=any_card)
     cards = make_cards(inputs, make_measure)
     able = [card for card in cards if isinstance(card, Card) and card.fits]

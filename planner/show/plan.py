@@ -104,9 +104,10 @@ def _describe_savings(plan: Plan) -> str:
         checkpointing = f"the first {checkpointed} of {layers} layers checkpointed"
     offloaded = ", activations in RAM" if strategy.activation_offload else ""
     compiled = ", compiled layers" if strategy.compile else ""
+    kernels = ", Liger's kernels" if strategy.kernels == "liger" else ""
     expandable = ", expandable segments" if strategy.expandable_segments else ""
     head, attention = f"{strategy.loss_head} loss head", f"{strategy.attention} attention"
-    return f"{checkpointing}{offloaded}, {head}{compiled}, {attention}{expandable}"
+    return f"{checkpointing}{offloaded}, {head}{compiled}{kernels}, {attention}{expandable}"
 
 
 def _render_memory(plan: Plan, console: Console) -> RenderableType:

@@ -51,7 +51,7 @@ def probe_device(budget: BudgetTable, *, disk_path: Path) -> Device:
     """
     here = probe_gpus()
     if budget.gpu is not None:
-        device = make_catalog_device(find_gpu(budget.gpu), budget)
+        device = make_catalog_device(find_gpu(budget.gpu), budget).model_copy(update={"has_liger": has_liger()})
         if not here.visible:
             return device
     elif budget.gpus > max(len(here.visible), 1):
@@ -158,12 +158,18 @@ def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
         budget_source="free memory of the card" if budget.memory is None else "budget.memory",
         driver=here.driver,
         rates=_find_rates(gpus[0].name),
+        has_liger=has_liger(),
     )
 
 
 def has_compiler() -> bool:
     """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for its launchers."""
     return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+
+
+def has_liger() -> bool:
+    """Whether Liger's kernels are installed, and Triton, which they are written in."""
+    return find_spec("triton") is not None and find_spec("liger_kernel") is not None
 
 
 def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:

@@ -17,6 +17,7 @@ from ...recipes.errors import ModelError
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
 from .attention import attend_documents
+from .kernels import use_liger_kernels
 from .linear_4bit import make_compilable
 
 RECOMPILE_LIMIT = 64
@@ -242,11 +243,13 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def prepare_training(base: Any, strategy: Strategy) -> None:
-    """Checkpointing and compiled layers, as the strategy says."""
+    """Checkpointing, kernels and compiled layers, as the strategy says."""
     base.config.use_cache = False
     base.train()
     if strategy.checkpointed_layers:
         checkpoint_layers(base, strategy.checkpointed_layers)
+    if strategy.kernels == "liger":
+        use_liger_kernels(base)
     if strategy.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         make_compilable(base)

@@ -30,6 +30,7 @@ WRITTEN_ALIKE: Mapping[str, Any] = {
     "checkpointed_layers": 0,
     "loss_head": "full",
     "compile": False,
+    "kernels": "torch",
     "learning_rate": 1.0,
 }
 """What a strategy may differ in without another byte in its files: a search asks for many of them."""

@@ -134,6 +134,7 @@ def make_strategy(row: Mapping[str, Any], layers: int) -> Strategy:
         recasts_adapter_inputs=True,
         optimizer=row["optimizer"],
         compile=row.get("compile_layers", False),
+        kernels="liger" if row.get("liger_layers") else "torch",
         expandable_segments=row.get("expandable_segments", False),
         learning_rate=1e-5,
     )

@@ -25,7 +25,7 @@ from .trace import Traces
 
 SHORTEST_SECONDS = 0.5
 """Steps below this are noisy: three were measured, and they wait for the host."""
-UNPLANNED = ("liger_layers", "compile_whole_model", "sdpa_backend")
+UNPLANNED = ("compile_whole_model", "sdpa_backend")
 """Levers of measured rows that no strategy has, or that leave it to the row what it is compared with."""
 
 

@@ -117,6 +117,12 @@ class Ledger:
         )
         self.operations.append(Operation(self._mark_of(), "attention", work, reads, writes))
 
+    def note_kernel(self, name: str, *, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        """A kernel that torch does not know; what it overwrites counts among both."""
+        read, written = self._list_traffic(reads), self._list_traffic(writes)
+        work = Work(kind="memory", bytes=sum(size for _, size in (*read, *written)))
+        self.operations.append(Operation(self._mark_of(), name, work, read, written))
+
     def note_transfer(self, size_bytes: int) -> None:
         """Bytes between the device and its host."""
         self.operations.append(Operation(self._mark_of(), "copy", Work(kind="transfer", bytes=size_bytes)))

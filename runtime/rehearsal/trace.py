@@ -23,6 +23,7 @@ from .compile import compiled_layers
 from .cost import Operation, current_ledger, kept_ledger
 from .cuda import CudaCard, cuda_semantics
 from .fakes import make_fakes
+from .kernels import noted_launches
 from .layers import NotPeriodic, Segment, extend, split_segments
 from .model import RehearsalModel, build_rehearsal_model
 from .updates import record_updates
@@ -161,7 +162,8 @@ def _record(
             compiled_layers(model.layers, model.traced_kinds, watch) if strategy.compile else contextlib.nullcontext()
         )
         updates = record_updates(model, watch) if strategy.optimizer_in_backward else None
-        with compiled:
+        launches = noted_launches(watch.ledger) if strategy.kernels == "liger" else contextlib.nullcontext()
+        with compiled, launches:
             for _ in range(micro_batches):
                 watch.enter("data", "temporary")
                 ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)

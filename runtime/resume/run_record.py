@@ -29,7 +29,7 @@ MAY_CHANGE = {"budget.max_hours", "budget.price_per_hour"}
 REPLAN_MAY_CHANGE = {
     *MAY_CHANGE,
     *(f"budget.{key}" for key in ("gpu", "memory", "gpus", "host_memory", "disk")),
-    *(f"train.{key}" for key in ("micro_batch_size", "gradient_checkpointing", "loss_head", "compile")),
+    *(f"train.{key}" for key in ("micro_batch_size", "gradient_checkpointing", "loss_head", "compile", "kernels")),
     *(f"train.{key}" for key in ("activation_offload", "expandable_segments", "optimizer_in_backward")),
 }
 """Keys that `--replan` may find changed as well: none of them changes what is computed, rounding excepted."""

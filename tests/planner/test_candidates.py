@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from plans import CPU, FP32_CPU, find_shape, make_gpu, make_inputs
 
 from fitune.planner.candidates import (
+    LIGER_ACTIVATIONS,
     list_methods,
     list_settings,
     list_strategies,
 )
+from fitune.planner.catalog import list_models
+from fitune.planner.shape import ModelShape, make_shape
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import PlanError
 from fitune.recipes.schema import Recipe
@@ -64,6 +67,7 @@ def test_micro_batches_divide_the_global_batch_which_never_changes(whole: int) -
         ("optimizer", "adafactor", "optimizer"),
         ("optimizer", "paged_adamw", "optimizer"),
         ("compile", True, "compile"),
+        ("kernels", "torch", "kernels"),
         ("activation_offload", True, "activation_offload"),
         ("expandable_segments", True, "expandable_segments"),
         ("learning_rate", 3e-3, "learning_rate"),
@@ -230,3 +234,43 @@ def test_the_fused_head_is_not_for_an_lm_head_with_an_adapter() -> None:
     assert "fused" in {one.loss_head for one in list_all(adapted, H100, "full")}
     with pytest.raises(PlanError, match=r'train\.loss_head: "fused" computes without the adapter'):
         list_all({**adapted, "train": {"loss_head": "fused"}}, H100, "lora")
+
+
+def pair_kernels(device: Device, shape: ModelShape = SHAPE, **train: Any) -> set[tuple[bool, str]]:
+    recipe = recipe_with(train=train)
+    return {(one.compile, one.kernels) for one in list_strategies(recipe, device, "lora", shape)}
+
+
+def test_ligers_kernels_take_the_place_of_pytorchs_where_layers_are_not_compiled() -> None:
+    with_liger = H100.model_copy(update={"has_liger": True})
+    assert pair_kernels(H100) == {(True, "torch"), (False, "torch")}
+    assert pair_kernels(with_liger) == {(True, "torch"), (False, "liger")}
+    assert pair_kernels(with_liger, compile=False) == pair_kernels(with_liger, kernels="liger") == {(False, "liger")}
+    assert pair_kernels(with_liger, kernels="torch") == pair_kernels(H100)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "message"),
+    [
+        (H100, SHAPE, r'pip install "fitune\[liger\]"'),
+        (CPU, SHAPE, "need a GPU"),
+        (H100, find_shape("gpt2"), "tested with llama, .* this model is a gpt2"),
+        (H100, replace(SHAPE, activation="gelu"), "has silu for llama, and this model computes gelu"),
+        (H100.model_copy(update={"compiles": False}), SHAPE, "compute capability 7.0 or more"),
+    ],
+    ids=["not installed", "cpu", "other family", "other activation", "no triton"],
+)
+def test_ligers_kernels_are_refused_where_they_cannot_be_had(device: Device, shape: ModelShape, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        pair_kernels(device, shape, kernels="liger")
+    assert {kernels for _, kernels in pair_kernels(device, shape)} == {"torch"}
+
+
+def test_every_model_of_the_catalog_of_a_family_that_liger_knows_can_have_its_kernels() -> None:
+    """But Gemma's first models, which compute the exact gelu."""
+    with_liger = H100.model_copy(update={"has_liger": True})
+    for model in list_models():
+        shape = make_shape(model.config)
+        kernels = {one for _, one in pair_kernels(with_liger, shape, compile=False)}
+        is_able = shape.model_type in LIGER_ACTIVATIONS and not model.name.startswith(("gemma-2b", "gemma-7b"))
+        assert kernels == {"liger" if is_able else "torch"}, model.name

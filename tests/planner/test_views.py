@@ -83,7 +83,7 @@ def test_every_card_is_there_once_by_memory_and_says_what_its_own_plan_says(kind
     assert all(a.memory_bytes <= b.memory_bytes for a, b in pairwise(cards))
     for card in cards[::7]:
         assert isinstance(card, Card)
-        plan = plan_for(tables, make_card_device(find_gpu(card.gpu), BudgetTable()))
+        plan = plan_for(tables, make_card_device(find_gpu(card.gpu), BudgetTable(), has_liger=False))
         memory = plan.memory
         assert (card.fits, card.strategy) == (plan.fits, plan.strategy)
         assert (card.required_bytes, card.budget_bytes) == (memory.required_bytes, memory.budget_bytes)
@@ -94,7 +94,7 @@ def test_every_card_is_there_once_by_memory_and_says_what_its_own_plan_says(kind
 def test_budget_memory_is_the_most_that_is_used_of_a_card() -> None:
     for card in make_cards(make_inputs({"budget": {"memory": "20GiB"}}, CPU)):
         assert isinstance(card, Card)
-        whole = make_card_device(find_gpu(card.gpu), BudgetTable()).budget_bytes
+        whole = make_card_device(find_gpu(card.gpu), BudgetTable(), has_liger=False).budget_bytes
         assert card.budget_bytes == min(whole, 20 * GiB)
         assert whole <= card.memory_bytes
 
@@ -169,7 +169,7 @@ def test_a_given_measure_decides_instead_of_the_closed_forms() -> None:
     assert doubled.sequence_length == plain.sequence_length // 128 * 64
     for card in make_cards(inputs, make_doubled)[::17]:
         assert isinstance(card, Card)
-        device = make_card_device(find_gpu(card.gpu), BudgetTable())
+        device = make_card_device(find_gpu(card.gpu), BudgetTable(), has_liger=False)
         plan = make_plan(replace(inputs, device=device), make_doubled(device, 2048))
         assert (card.fits, card.required_bytes) == (plan.fits, plan.memory.required_bytes)
         assert card.required_bytes == make_doubled(device, 2048)(card.strategy).required_bytes

@@ -62,6 +62,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "auto",
         "loss_head": "auto",
         "compile": "auto",
+        "kernels": "auto",
         "activation_offload": False,
         "expandable_segments": False,
         "eval_every": None,
@@ -154,6 +155,7 @@ def test_a_mixture_names_its_sources_with_weights() -> None:
         ("[method]\ntargets = []", 'method.targets: [] is not "all-linear" or a non-empty list of texts'),
         ("[method]\ndropout = 1.0", "method.dropout: 1.0 is not a number at least 0 and below 1"),
         ("[train]\nepochs = 1\nmax_steps = 5", "train.epochs: excludes train.max_steps: give one of the two"),
+        ('[train]\ncompile = true\nkernels = "liger"', 'train.kernels: "liger" excludes train.compile = true'),
         (
             "[train]\nmicro_batch_size = 3",
             "train.micro_batch_size: 3 does not divide train.global_batch_size = 16; nearest",
