@@ -71,7 +71,7 @@ def list_settings(recipe: Recipe, device: Device, method: Method) -> tuple[Setti
     if recipe.train.compile is True and device.kind == "cuda" and not device.compiles:
         raise PlanError(
             f"train.compile: {device.name} cannot run compiled layers: they need a GPU of compute capability 7.0 or "
-            "more, and Triton and a C compiler on its machine: leave it out"
+            "more, and Triton, a C compiler and Python.h on its machine: leave it out"
         )
     compute: Dtype = "bf16" if device.bf16 else "fp16" if device.kind == "cuda" else "fp32"
     asked = recipe.model.dtype

@@ -309,4 +309,5 @@ def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]
     """Rows of name, predicted and measured bytes, with the error; what is not known on both sides is left out."""
     for name, ours, theirs in peaks:
         if ours is not None and theirs is not None:
-            table.add_row(name, format_bytes(ours), format_bytes(theirs), f"{100 * (ours / max(theirs, 1) - 1):+.1f} %")
+            error = f"{100 * (ours / theirs - 1):+.1f} %" if theirs else "-"
+            table.add_row(name, format_bytes(ours), format_bytes(theirs), error)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,6 +113,7 @@ def check_runs_here(device: Device, *, required_bytes: int | None = None) -> Non
     if probe_training_device() == "cpu":
         raise DeviceError(explain_torch_without_cuda(here))
     for gpu in here.visible[: device.gpus]:
+        _check_torch_has_kernels(gpu)
         _check_gpu_can_run(gpu, device, required_bytes or 0)
 
 
@@ -163,8 +167,20 @@ def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for its launchers."""
-    return find_spec("triton") is not None and any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    """Whether torch.compile has what it needs for a GPU."""
+    return explain_missing_compiler() is None
+
+
+def explain_missing_compiler() -> str | None:
+    """What torch.compile lacks for a GPU: Triton, or what its launchers are built with, a C compiler and Python's
+    headers; None where nothing is missing. triton/runtime/build.py."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if not any(map(which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "no C compiler was found: install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers (Python.h) were not found: install python3-dev or python3-devel"
+    return None
 
 
 def has_liger() -> bool:
@@ -228,6 +244,38 @@ def _check_cpu_has_free(required_bytes: int) -> None:
             f"the plan needs {format_bytes(required_bytes)}, and {format_bytes(free_bytes)} of {memory.limited_by} are "
             "free now: close other programs, or plan again"
         )
+
+
+def explain_missing_kernels(gpu: Gpu, architectures: Sequence[str]) -> str | None:
+    """Why a build of torch has no kernels for a GPU; None where it has. Kernels of sm_80 run on every 8.x, those of
+    compute_90 on every later card: https://docs.nvidia.com/cuda/cuda-compiler-driver-nvcc/#gpu-compilation
+
+    architectures: what torch is built for, as torch.cuda.get_arch_list() names them, such as `sm_90`; empty: unknown
+    """
+    if gpu.compute_capability is None or not architectures:
+        return None
+    major, minor = gpu.compute_capability
+    for name in architectures:
+        kind, _, digits = name.partition("_")
+        built = re.match(r"(\d+)(\d)", digits)
+        if built is None:
+            continue
+        found = int(built[1]), int(built[2])
+        if found <= (major, minor) and (kind == "compute" or found[0] == major):
+            return None
+    return (
+        f"torch has no kernels for {gpu.name}, whose compute capability is {major}.{minor}: it is built for "
+        f"{', '.join(architectures)}; install a build of torch that has them, or set CUDA_VISIBLE_DEVICES= to train on "
+        "the CPU"
+    )
+
+
+def _check_torch_has_kernels(gpu: Gpu) -> None:
+    import torch
+
+    missing = explain_missing_kernels(gpu, torch.cuda.get_arch_list())
+    if missing is not None:
+        raise DeviceError(missing)
 
 
 def _check_gpu_can_run(gpu: Gpu, device: Device, required_bytes: int) -> None:

@@ -20,7 +20,7 @@ from ...planner.strategy import Value
 from ...recipes.errors import DeviceError
 from ...recipes.units import GiB, format_bytes
 from ..model.embedded import cache_folder
-from .devices import Gpus, describe_use, probe_gpus
+from .devices import Gpus, describe_use, explain_missing_compiler, probe_gpus
 from .host import find_existing, has_nvidia_card, probe_cpu, probe_free_disk_bytes, probe_host_memory
 from .smoke import SmokeTest, run_smoke_test
 
@@ -83,6 +83,7 @@ def run_doctor(*, runs_path: Path = Path("runs"), timeout_seconds: float = 120.0
         *_check_gpus(here),
         _check_torch(smoke, here),
         _check_bitsandbytes(smoke),
+        *_check_compiler(smoke),
         _check_cpu(),
         _check_bf16(here, smoke),
         _check_memory(),
@@ -215,6 +216,19 @@ def _check_bitsandbytes(smoke: SmokeTest) -> Check:
         return Check(name="bitsandbytes", status="ok", detail=f"a 4-bit layer trains on {where}")
     advice = 'plan with method.kind = "lora" or "full" and optimizer = "adamw", which do without it; or reinstall it'
     return Check(name="bitsandbytes", status="fail", detail=smoke.bitsandbytes_error, advice=advice)
+
+
+def _check_compiler(smoke: SmokeTest) -> Iterator[Check]:
+    """What compiled layers need, on a GPU: a CPU's are not compiled."""
+    if smoke.device != "cuda":
+        return
+    missing = explain_missing_compiler()
+    if missing is None:
+        yield Check(name="compiler", status="ok", detail="layers can be compiled: Triton, a C compiler, Python.h")
+    else:
+        what, _, advice = missing.partition(": ")
+        detail = f"{what}; plans do without compiled layers, which are faster"
+        yield Check(name="compiler", status="warn", detail=detail, advice=advice)
 
 
 def _check_cpu() -> Check:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -11,8 +13,15 @@ def use_expandable_segments() -> None:
     Has to come before the first allocation on a GPU. Not tested on one yet.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
     """
-    settings = [torch._C._accelerator_getAllocatorSettings(), "expandable_segments:True"]
+    settings = [_read_settings(), "expandable_segments:True"]
     torch._C._accelerator_setAllocatorSettings(",".join(one for one in settings if one))
+
+
+def _read_settings() -> str:
+    """The allocator's settings; those of the environment where torch does not tell them."""
+    read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return str(read()) if read is not None else next((os.environ[name] for name in names if name in os.environ), "")
 
 
 def limit_allocator(budget_bytes: int, beside_bytes: int) -> None:

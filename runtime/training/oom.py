@@ -15,8 +15,11 @@ from ..machine.host import probe_host_memory
 from ..resume.run_record import Failure
 from .meter import Meter
 
-MESSAGES = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory")
-"""What the allocators of torch and CUDA write where they raise a plain RuntimeError."""
+MESSAGES = re.compile(
+    r"can't allocate memory|not enough memory|Cannot allocate memory \(os error 12\)|CUDA.*out of memory"
+    r"|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED"
+)
+"""What torch, CUDA's runtime and driver, its libraries, Triton and safetensors write where they raise another error."""
 REQUEST = re.compile(r"Tried to allocate ([0-9.]+ ?[KMG]iB)")
 
 
@@ -26,8 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    text = str(error)
-    return any(message in text for message in MESSAGES) or "Cannot allocate memory (os error 12)" in text
+    return MESSAGES.search(str(error)) is not None
 
 
 def describe_out_of_memory(plan: Plan, meter: Meter, step: int) -> str:

@@ -10,14 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 from transformers import set_seed
 
 from ...planner.plan import Plan
-from ...recipes.errors import OutOfMemoryError
+from ...recipes.errors import OutOfMemoryError, RunError
 from ..machine.host import WEIGHT_BLOCK_BYTES, keep_heap_tight
 from ..model.assemble import build_for_run
 from ..model.build import BuiltModel
@@ -36,6 +35,7 @@ from ..resume.signals import StopSignals, find_signal
 from ..rundir import REPORT_NAME, RunDirectory
 from ..versions import find_versions
 from .allocation import limit_allocator, use_expandable_segments
+from .failures import explain_failure
 from .forgetting import make_forgetting
 from .garbage import frozen_garbage
 from .judge import Judge
@@ -95,14 +95,9 @@ class Run:
         self.history = History() if state is None else state.history
         self.earlier_seconds = self.history.seconds
         self.keeper = Keeper(CheckpointStore(directory), plan, self.recipe, self._say)
-        if self.strategy.expandable_segments and plan.device.kind == "cuda":
-            use_expandable_segments()
         self.tracker = JsonLinesTracker(directory.path / METRICS_NAME, self._say)
         self.accelerator = Accelerator(cpu=plan.device.kind == "cpu", mixed_precision="no", log_with=self.tracker)
         self.device = self.accelerator.device
-        if self.device.type == "cuda":
-            memory = plan.memory
-            limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
         self.tokenizer: Any = job.data.tokenizer
         self.judge = Judge(job, self.strategy, self.device, self.accelerator.log, self.progress, self.history)
         self.results = Results(job, plan, directory, base_folder)
@@ -120,13 +115,26 @@ class Run:
         """All phases of the run; an out-of-memory error becomes a diagnosis."""
         with Meter(self.directory.path / SAMPLES_NAME, self.plan, self.device, self.console) as meter:
             try:
+                self._prepare_gpu()
                 return self._execute(meter)
-            except (torch.OutOfMemoryError, MemoryError, OSError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemoryError(self._explain_out_of_memory(meter, error)) from error
+                why = explain_failure(error, compiled=self.strategy.compile, phase=meter.phase, step=self.progress.step)
+                if why is None:
                     raise
-                raise OutOfMemoryError(self._explain_out_of_memory(meter, error)) from error
+                raise RunError(why) from error
             finally:
                 self.accelerator.end_training()
+
+    def _prepare_gpu(self) -> None:
+        """Make CUDA's context, under the monitor: in a container the driver does not tell whose memory it is."""
+        if self.device.type != "cuda":
+            return
+        memory = self.plan.memory
+        if self.strategy.expandable_segments:
+            use_expandable_segments()
+        limit_allocator(memory.budget_bytes, memory.peak_device_bytes - (memory.peak_reserved_bytes or 0))
 
     def _explain_out_of_memory(self, meter: Meter, error: BaseException) -> str:
         """The diagnosis, and a plan that needs less; both stay in the directory for `--replan`."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fitune.recipes.units import parse_bytes
+from fitune.runtime.machine import devices
+from fitune.runtime.machine.devices import explain_missing_compiler, explain_missing_kernels
+from fitune.runtime.machine.nvml import Gpu
 
 MIB = 2**20
 GIB = 2**30
@@ -176,7 +180,7 @@ WITH_TORCH = """
     import sys, types
     torch = types.ModuleType("torch")
     torch.__version__, torch.version = "{version}", types.SimpleNamespace(cuda={cuda})
-    torch.cuda = types.SimpleNamespace(is_available=lambda: {available})
+    torch.cuda = types.SimpleNamespace(is_available=lambda: {available}, get_arch_list=lambda: {architectures})
     sys.modules["torch"] = torch
 """
 
@@ -188,7 +192,7 @@ WITH_TORCH = """
 def test_a_torch_that_cannot_use_the_gpu_says_why(
     run_on_fake_gpus: Any, version: str, cuda: str | None, expected: str
 ) -> None:
-    torch = WITH_TORCH.format(version=version, cuda=repr(cuda), available=False)
+    torch = WITH_TORCH.format(version=version, cuda=repr(cuda), available=False, architectures=[])
     message = run_on_fake_gpus(torch + CHECK.format(device=CARD, required_bytes=None))
     assert message.startswith(f"torch {version} ")
     assert expected in message
@@ -207,7 +211,54 @@ def test_a_torch_that_cannot_use_the_gpu_says_why(
 def test_a_plan_runs_only_on_a_card_that_can_carry_it(
     run_on_fake_gpus: Any, device: dict[str, Any], required_gib: int | None, state: dict[str, int], expected: str | None
 ) -> None:
-    torch = WITH_TORCH.format(version="2.13.0", cuda="'13.0'", available=True)
+    torch = WITH_TORCH.format(version="2.13.0", cuda="'13.0'", available=True, architectures=["sm_70", "sm_90"])
     required_bytes = None if required_gib is None else required_gib * GIB
     message = run_on_fake_gpus(torch + CHECK.format(device=CARD | device, required_bytes=required_bytes), **state)
     assert message is None if expected is None else expected in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "has_kernels"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((12, 0), ["sm_90", "sm_100"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((6, 1), ["sm_75", "sm_80"], False),
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((6, 1), [], True),
+        (None, ["sm_75"], True),
+    ],
+)
+def test_a_build_of_torch_without_kernels_for_a_card_is_known(
+    capability: tuple[int, int] | None, architectures: list[str], has_kernels: bool
+) -> None:
+    gpu = Gpu(
+        index=0,
+        name="a card",
+        uuid="?",
+        memory_bytes=None,
+        used_bytes=None,
+        free_bytes=None,
+        compute_capability=capability,
+        processes=(),
+    )
+    missing = explain_missing_kernels(gpu, architectures)
+    assert missing is None if has_kernels else missing is not None and "compute capability is" in missing
+
+
+def test_compiled_layers_need_triton_a_compiler_and_pythons_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(devices, "find_spec", lambda _: None)
+    assert "pip install triton" in str(explain_missing_compiler())
+    monkeypatch.setattr(devices, "find_spec", lambda name: name)
+    monkeypatch.setattr(devices, "which", lambda _: None)
+    assert "install gcc" in str(explain_missing_compiler())
+    monkeypatch.setattr(devices, "which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "none"))
+    assert "python3-dev" in str(explain_missing_compiler())
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert explain_missing_compiler() is None

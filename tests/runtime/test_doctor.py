@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fitune.runtime.machine.devices import explain_missing_compiler
 from fitune.runtime.machine.doctor import Check, DoctorReport, render_doctor, run_doctor
 
 RUN = """
@@ -116,6 +117,7 @@ def test_bf16_is_that_of_the_device_that_trains(
     assert checks["bf16"]["status"] == status
     assert checks["bitsandbytes"]["detail"] == "RuntimeError: no kernel for this card"
     assert "adamw" in checks["bitsandbytes"]["advice"]
+    assert (checks["compiler"]["status"] == "ok") == (explain_missing_compiler() is None)
 
 
 def test_packages_that_are_missing_or_too_old_are_named_with_the_command(run_on_fake_gpus: Any, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from small_models import save_small_model
 from small_runs import read_losses, write_recipe
+from torch._inductor.exc import InductorError
 
 from fitune.runtime.report import load_report
+from fitune.runtime.training.failures import explain_failure
 from fitune.runtime.training.oom import is_out_of_memory
 
 RUN_WITH_LITTLE_MEMORY = """
@@ -83,7 +85,38 @@ def test_an_allocation_that_cannot_be_had_is_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported at some other call",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes.",
+    ],
+)
+def test_what_runs_out_of_memory_beside_the_allocator_is_known_by_its_message(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+
+
 def test_another_error_is_not() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(refused.value)
+
+
+def test_a_gpu_that_fails_and_a_compiler_that_fails_are_told_apart_from_bugs() -> None:
+    def explain(error: BaseException, *, compiled: bool = True) -> str | None:
+        return explain_failure(error, compiled=compiled, phase="forward", step=3)
+
+    broken = explain(torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with `TORCH_USE`"))
+    assert broken is not None
+    assert broken.startswith("the GPU failed in phase forward after 3 steps: CUDA error: device-side assert triggered;")
+    for error in (
+        InductorError(ValueError("no kernel"), None),
+        subprocess.CalledProcessError(1, ["gcc", "launcher.c"]),
+    ):
+        message = explain(error)
+        assert message is not None and message.endswith("set train.compile = false")
+        assert explain(error, compiled=False) is None
+    assert explain(RuntimeError("shapes cannot be multiplied")) is None
