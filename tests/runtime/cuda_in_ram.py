@@ -109,9 +109,9 @@ def _register_flash_attention() -> None:
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp of PyTorch: mha_varlen_fwd, mha_varlen_bwd.
     """
     global _flash
-    import torch
+    from torch import library as operations
 
-    _flash = torch.library.Library("aten", "IMPL")
+    _flash = operations.Library("aten", "IMPL")
     _flash.impl("_flash_attention_forward", _attend, "CUDA")
     _flash.impl("_flash_attention_backward", _differentiate, "CUDA")
 
