@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
+from benchmarks.gpu_cases import CASES, Case, run_apart
+from benchmarks.gpu_check import list_results
+from benchmarks.gpu_table import compare_curves, list_comparisons
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,9 +36,79 @@ def test_the_gpu_benchmark_shows_on_a_cpu_that_every_case_runs() -> None:
 
 
 @pytest.mark.slow
+def test_the_self_test_of_a_gpu_is_skipped_without_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--check", "--smoke"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "0 failed" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_fitune_and_the_trainer_start_from_the_same_loss() -> None:
     result = run_script("benchmarks.cpu", "--only", "trainer", "--rounds", "1", "--steps", "3")
     trainer = result["trainer"]
     assert isinstance(trainer, dict)
     first = trainer["first_loss"]
     assert first["fitune"] == pytest.approx(first["Trainer"], rel=0.01)
+
+
+def test_a_case_that_fails_and_one_without_time_do_not_keep_the_others_from_running(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write_model(key: str, folder: Path, *, smoke: bool) -> str | None:
+        return "disk full" if key == "8b" else None
+
+    def run_case(case: Case, model: str, scratch: Path, **_: object) -> dict[str, object]:
+        return {"case": case.name, "tokens_per_second": 1.0}
+
+    monkeypatch.setattr(gpu, "write_model", write_model)
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    rows = list(gpu.run_cases(CASES, tmp_path, smoke=False, minutes=10))
+    assert [row["case"] for row in rows] == [case.name for case in CASES]
+    assert all("disk full" in row["error"] for row in rows if row["case"].startswith("lora"))
+    assert {"full-auto", "packed", "curve-eager"} <= {row["case"] for row in rows if "tokens_per_second" in row}
+    assert all(
+        "left of 0.5 minutes" in row["skipped"] for row in gpu.run_cases(CASES, tmp_path, smoke=False, minutes=0.5)
+    )
+
+
+def test_a_command_that_hangs_is_ended_and_one_that_fails_says_why() -> None:
+    python = [sys.executable, "-c"]
+    assert run_apart([*python, "import time; time.sleep(60)"], 0.5)[1] == "stopped after 0 s"
+    assert run_apart([*python, "print('error: no room'); print('next: ...'); exit(3)"], 60) == (3, "error: no room")
+    assert run_apart([*python, "print('well')"], 60) == (0, "well")
+
+
+def test_what_cases_say_together_is_where_both_are_there() -> None:
+    how = {"checkpointed_layers": 0, "loss_head": "full", "compile": True, "micro_batch_size": 4, "optimizer": "adamw"}
+    speeds = {"packed": 30.0, "padded": 10.0, "search-auto": 100.0, "search-1": 90.0, "search-2": 105.0}
+    rows = [{"case": name, "tokens_per_second": speed, "strategy": how} for name, speed in speeds.items()]
+    packed, searched = list_comparisons([*rows, {"case": "curve-eager", "error": "stopped"}])
+    assert packed.startswith("packed over padded: 3.00 times")
+    assert searched.startswith("fastest of 2 combinations over the plan's choice: 1.05")
+    curves = [
+        {"case": f"curve-{one}", "tokens_per_second": 1.0, "losses": [2.0] * 200} for one in ("eager", "compiled")
+    ]
+    assert list_comparisons(curves)[0].startswith("loss compiled against eager over 200 steps: at most 0.00% apart")
+
+
+def test_curves_are_compared_by_their_moving_averages() -> None:
+    steady, noisy = [2.0] * 40, [2.0 + 0.1 * (-1) ** step for step in range(40)]
+    assert compare_curves(steady, noisy) == pytest.approx(0)
+    assert compare_curves(steady, [2.2] * 40) == pytest.approx(0.1)
+    assert compare_curves([2.0, 1.0], [2.0, 1.3]) == pytest.approx(0.1)
+
+
+def test_results_of_tests_are_lines_with_the_reason_of_a_failure(tmp_path: Path) -> None:
+    results = tmp_path / "results.xml"
+    results.write_text(
+        '<testsuites><testsuite><testcase name="test_a_run_learns" time="1.23"/>'
+        '<testcase name="test_b_b" time="2"><failure message="assert 1 == 2&#10;more">...</failure></testcase>'
+        '<testcase name="test_c" time="0"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
+    )
+    assert list_results(results) == [
+        "ok      (1.2 s) a run learns",
+        "FAILED  (2.0 s) b b: assert 1 == 2",
+        "skipped (0.0 s) c",
+    ]
