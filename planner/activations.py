@@ -181,6 +181,13 @@ def estimate_checkpoint_bytes(step: StepShape) -> int:
     return step.residual_bytes * step.tokens * step.shape.hidden_size
 
 
+def estimate_saved_attention_bytes(step: StepShape) -> int:
+    """What a checkpointed layer keeps beside its input: attention's output, aT heads head_dim, and the log-sum-exp, 4T
+    heads; 0 unless asked for."""
+    shape = step.shape
+    return step.tokens * shape.heads * (step.compute_bytes * shape.head_dim + FP32) * step.strategy.save_attention
+
+
 def estimate_kept_bytes(step: StepShape) -> int:
     """What a forward keeps for backward, from the embedding to the final norm: each layer, or its checkpoint.
 
@@ -189,7 +196,8 @@ def estimate_kept_bytes(step: StepShape) -> int:
     shape, checkpointed = step.shape, step.checkpointed_layers
     layers = sum(block.repeats * estimate_layer_bytes(step, block) for block in shape.blocks)
     kept = layers * (shape.layers - checkpointed) // shape.layers
-    return checkpointed * estimate_checkpoint_bytes(step) + kept + estimate_final_bytes(step)
+    each = estimate_checkpoint_bytes(step) + estimate_saved_attention_bytes(step)
+    return checkpointed * each + kept + estimate_final_bytes(step)
 
 
 def estimate_offload_bytes(step: StepShape) -> int:

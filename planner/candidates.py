@@ -100,9 +100,9 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
     """
     train, adapters = recipe.train, recipe.method
     has_adapter = method != "full"
-    for (setting, micro, in_backward), checkpointed, head, optimizer, (compiled, kernels) in product(
+    for (setting, micro, in_backward), (checkpointed, saves), head, optimizer, (compiled, kernels) in product(
         _list_settings_of_batches(recipe, device, method),
-        _list_checkpointed_layers(recipe, shape),
+        _list_checkpoints(recipe, device, shape),
         _list_loss_heads(recipe, method, shape),
         AUTO_OPTIMIZERS[device.kind] if train.optimizer == "auto" else (train.optimizer,),
         _list_kernels(recipe, device, shape),
@@ -126,6 +126,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             gradient_accumulation_steps=train.global_batch_size // micro,
             checkpointed_layers=checkpointed,
             loss_head=head,
+            save_attention=saves,
             optimizer=optimizer,
             optimizer_in_backward=in_backward,
             clips_gradients=train.max_grad_norm != "off",
@@ -136,6 +137,30 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             expandable_segments=train.expandable_segments,
             learning_rate=LEARNING_RATE[method] if train.learning_rate == "auto" else train.learning_rate,
         )
+
+
+def _list_checkpoints(recipe: Recipe, device: Device, shape: ModelShape) -> Iterator[tuple[int, bool]]:
+    """How many of the first layers are checkpointed, and whether those keep attention's output.
+
+    A layer's output takes 2 H bytes a token and spares 2 S H operations, at some half the rate of products; not to
+    checkpoint a layer takes 10 to 30 times the bytes and spares 24 H^2: the former is the better use of memory from S =
+    H / 4 to H / 2 on. At S = H it spares 1/18 of a LoRA step whose layers are all checkpointed; auto tries
+    it from there on. Where the number of layers is open, it is half of them or more: of fewer there is little to spare.
+    """
+    asked, layers = recipe.train.save_attention, _list_checkpointed_layers(recipe, shape)
+    is_fused = choose_attention(recipe, device, shape, "bf16") != "eager"
+    if asked is True and not is_fused:
+        raise PlanError(
+            f"train.save_attention: {shape.model_type} computes attention in several operations here, none of whose "
+            'results stands for it: set model.attention = "sdpa", or leave it out'
+        )
+    if asked == "auto":
+        asked = is_fused and recipe.data.max_length >= shape.hidden_size and not recipe.train.activation_offload
+        yield from ((count, False) for count in layers)
+    else:
+        yield from ((count, False) for count in layers if not (asked and count))
+    if asked:
+        yield from ((count or -(-shape.layers // 2), True) for count in layers if any(layers))
 
 
 def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, ...]:
@@ -255,7 +280,7 @@ def is_rounded(strategy: Strategy) -> bool:
 def preference(strategy: Strategy) -> tuple[int, ...]:
     """Between equally fast candidates: the less lossy optimizer, unpaged before paged, then the update that is made
     whole or not at all, then the loss head that does nothing in chunks, then the smaller micro-batch, which needs less
-    memory and pads less."""
+    memory and pads less, then attention that is computed again."""
     optimizer = 2 * OPTIMIZER_LOSSINESS[strategy.optimizer] + strategy.optimizer.startswith("paged")
     head = LOSS_HEADS.index(strategy.loss_head)
-    return optimizer, strategy.optimizer_in_backward, head, strategy.micro_batch_size
+    return optimizer, strategy.optimizer_in_backward, head, strategy.micro_batch_size, strategy.save_attention

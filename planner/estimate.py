@@ -181,6 +181,7 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
     micro-batches before are live all along. With offload one layer's activations are on the device at a time."""
     shape, strategy = step.shape, step.strategy
     final, checkpoint = act.estimate_final_bytes(step), act.estimate_checkpoint_bytes(step)
+    saved = act.estimate_saved_attention_bytes(step)
     kept = final if offloads else act.estimate_kept_bytes(step)
     # Autocast's copies of trained weights live until the forward ends; without checkpointing backward keeps them too.
     checkpointed = step.checkpointed_layers
@@ -210,7 +211,7 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
             yield "backward", {"gradients": left, "activations": kept - final + own, "temporary": flowing}
         if checkpointed:
             extra, recast = act.estimate_recast_bytes(step, block)
-            own = extra + (first if offloads else checkpointed * checkpoint + size)
+            own = extra + (first if offloads else checkpointed * (checkpoint + saved) - saved + size)
             left = gradients_after(shape.layers - checkpointed)
             yield "backward", {"gradients": left, "activations": own, "temporary": max(flowing, recast)}
         yield "backward", {"gradients": gradients_after(shape.layers), "activations": first, "temporary": flowing}

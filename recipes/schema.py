@@ -147,6 +147,8 @@ class TrainTable(Table):
     with max_grad_norm off and micro_batch_size = global_batch_size, where auto tries it."""
     gradient_checkpointing: Literal["auto"] | bool | Count = "auto"
     """Whether layers are computed again in backward instead of kept: all, none, or the first so many of them."""
+    save_attention: Literal["auto"] | bool = "auto"
+    """Whether checkpointed layers keep what attention returns instead of computing it again; worth it for long rows."""
     loss_head: Literal["auto", "full", "chunked", "fused"] = "auto"
     """Logits of all tokens at once (full) or of some (chunked, fused); fused computes gradients in the forward."""
     compile: Literal["auto"] | bool = "auto"
@@ -195,6 +197,20 @@ class TrainTable(Table):
                 f"true excludes gradient accumulation: leave train.micro_batch_size = {micro} out, or set it to "
                 f"train.global_batch_size = {whole}"
             )
+        return asked
+
+    @field_validator("save_attention")
+    @classmethod
+    def _check_save_attention(cls, asked: Literal["auto"] | bool, info: ValidationInfo) -> Literal["auto"] | bool:
+        if asked is True and info.data.get("gradient_checkpointing") is False:
+            raise ValueError("true is for checkpointed layers, and train.gradient_checkpointing is false")
+        return asked
+
+    @field_validator("activation_offload")
+    @classmethod
+    def _check_offload(cls, asked: bool, info: ValidationInfo) -> bool:
+        if asked and info.data.get("save_attention") is True:
+            raise ValueError("excludes train.save_attention = true, which keeps on the device what offload moves away")
         return asked
 
     @field_validator("micro_batch_size")

@@ -102,6 +102,7 @@ def _describe_savings(plan: Plan) -> str:
     checkpointing = "every layer checkpointed" if checkpointed >= layers else "no checkpointing"
     if 0 < checkpointed < layers:
         checkpointing = f"the first {checkpointed} of {layers} layers checkpointed"
+    checkpointing += " but for attention" if strategy.save_attention else ""
     offloaded = ", activations in RAM" if strategy.activation_offload else ""
     compiled = ", compiled layers" if strategy.compile else ""
     kernels = ", Liger's kernels" if strategy.kernels == "liger" else ""

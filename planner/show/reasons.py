@@ -32,6 +32,7 @@ def describe_strategy(strategy: Strategy) -> str:
     parts.append("NF4 weights" if strategy.method == "qlora" else f"{strategy.weights_dtype} weights")
     checkpointed = strategy.checkpointed_layers
     parts.append(f"{checkpointed} layers checkpointed" if checkpointed else "no checkpointing")
+    parts += ["attention kept"] if strategy.save_attention else []
     parts += ["offload"] if strategy.activation_offload else []
     parts.append(f"{strategy.loss_head} head")
     parts.append(describe_optimizer(strategy))

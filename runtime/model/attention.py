@@ -14,6 +14,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+_KERNELS = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_flash_attention_forward",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "fitune::flash_attention",
+        "fitune::efficient_attention",
+    }
+)
+"""Attention in one operation: PyTorch's, the flash-attn package's, and a rehearsal's for those on fakes."""
+
+
+def keep_attention() -> tuple[Any, Any]:
+    """For a checkpoint's `context_fn`: what attention returns is kept, and not computed again in backward.
+
+    torch.utils.checkpoint's selective checkpointing; torch.compile reads the same policy off it.
+    """
+    forward, recomputation = create_selective_checkpoint_contexts(choose_kept)
+    return forward, recomputation
+
+
+def choose_kept(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """What becomes of an operation's results in a checkpointed layer."""
+    is_attention = isinstance(operation, torch._ops.OpOverload) and operation._schema.name in _KERNELS
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ...planner.strategy import Strategy
 from ...recipes.errors import ModelError
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
-from .attention import attend_documents
+from .attention import attend_documents, keep_attention
 from .kernels import use_liger_kernels
 from .linear_4bit import make_compilable
 
@@ -247,7 +247,7 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     base.config.use_cache = False
     base.train()
     if strategy.checkpointed_layers:
-        checkpoint_layers(base, strategy.checkpointed_layers)
+        checkpoint_layers(base, strategy.checkpointed_layers, save_attention=strategy.save_attention)
     if strategy.kernels == "liger":
         use_liger_kernels(base)
     if strategy.compile:
@@ -257,10 +257,14 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
             layer.compile()
 
 
-def checkpoint_layers(base: Any, count: int) -> None:
-    """Checkpoint the first `count` decoder layers; all, where there are no more."""
+def checkpoint_layers(base: Any, count: int, *, save_attention: bool = False) -> None:
+    """Checkpoint the first `count` decoder layers; all, where there are no more.
+
+    save_attention: whether they keep what attention returns
+    """
+    kept = {"context_fn": keep_attention} if save_attention else {}
     with quiet_libraries():
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **kept})
     for layer in list(find_layers(base))[count:]:
         if not hasattr(layer, "gradient_checkpointing"):
             raise ModelError(

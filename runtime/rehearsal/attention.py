@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from .cost import current_ledger
 
@@ -77,19 +77,45 @@ def _make_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
+@library.custom_op("fitune::flash_attention", mutates_args=())
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FlashAttention-2's forward on fakes: output, log-sum-exp, and two small ones of the random numbers.
+
+    An operation of its own, as on a card, so that a checkpoint that keeps attention's results finds it.
+    """
+    raise NotImplementedError("for fakes only")
+
+
+@flash_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, rows, _ = query.shape
+    out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    return out, lse, query.new_empty(2, dtype=torch.int64), query.new_empty((), dtype=torch.int64)
+
+
+@library.custom_op("fitune::efficient_attention", mutates_args=())
+def efficient_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same of the memory-efficient kernel: output and log-sum-exp."""
+    raise NotImplementedError("for fakes only")
+
+
+@efficient_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, width = query.shape
+    out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return out, query.new_empty(batch, heads, 32 * ceil(rows / 32), dtype=torch.float32)
+
+
 class _Flash(torch.autograd.Function):
     """FlashAttention-2: grouped heads are not expanded in forward; backward sums them from expanded gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        batch, heads, rows, _ = query.shape
-        out = torch.empty_like(query.transpose(1, 2))
-        lse = torch.empty(batch, heads, rows, dtype=torch.float32)
-        seed, unused = torch.empty(2, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+        out: Tensor
+        out, lse, seed, unused = flash_attention(query, key, value)
         if dropout > 0:
             seed = torch.empty(2, dtype=torch.int64)
-        out = out.transpose(1, 2)
-        _note(query, key, [out], inputs=[query, key, value])
         ctx.save_for_backward(query, key, value, out, lse, seed, unused)
         return out
 
@@ -128,14 +154,10 @@ class _Efficient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        batch, heads, rows, width = query.shape
-        out = torch.empty(batch, rows, heads, width, dtype=query.dtype)
-        lse = torch.empty(batch, heads, 32 * ceil(rows / 32), dtype=torch.float32)
-        if width > EFFICIENT_MAX_KEPT_HEAD_DIM and query.dtype != torch.float32:
+        out: Tensor
+        out, lse = efficient_attention(query, key, value, bias)
+        if query.shape[-1] > EFFICIENT_MAX_KEPT_HEAD_DIM and query.dtype != torch.float32:
             torch.empty(out.shape, dtype=torch.float32)
-        out = out.transpose(1, 2)
-        biases = [] if bias is None else [bias]
-        _note(query, key, [out], inputs=[query, key, value, *biases], is_masked=bias is not None)
         ctx.save_for_backward(query, key, value, bias, out, lse)
         return out
 

@@ -12,6 +12,7 @@ import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..model.attention import choose_kept, keep_attention
 from ..training import losses
 from .attention import FLASH_MAX_HEAD_DIM
 from .watch import StorageWatch
@@ -81,7 +83,7 @@ class _Layer:
         self.layer = layer
         self.forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
         self.unread = HANDED_ON - inspect.signature(self.forward).parameters.keys()
-        self.kind = kind, repr(layer), _is_checkpointed(layer)
+        self.kind = kind, repr(layer), _is_checkpointed(layer), _saves_attention(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if name not in self.unread}
@@ -121,7 +123,7 @@ class _Layer:
             run,
             fw_compiler=make_runner,
             bw_compiler=make_runner,
-            partition_fn=_make_partition(_is_checkpointed(self.layer)),
+            partition_fn=_make_partition(self.layer),
             decompositions=select_decomp_table(),
         )
         with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), _KernelAttention():
@@ -135,6 +137,11 @@ def _make_runner(module: fx.GraphModule, _: Any) -> _Runner:
 
 def _is_checkpointed(layer: nn.Module) -> bool:
     return bool(getattr(layer, "gradient_checkpointing", False))
+
+
+def _saves_attention(layer: nn.Module) -> bool:
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    return isinstance(checkpoint, partial) and checkpoint.keywords.get("context_fn") is keep_attention
 
 
 def _copy_layout(tensor: Tensor) -> Tensor:
@@ -198,26 +205,30 @@ def _attend(
         )
 
 
-def _make_partition(is_checkpointed: bool) -> Callable[..., Any]:
+def _make_partition(layer: nn.Module) -> Callable[..., Any]:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        if is_checkpointed:
-            _tag_forward(joint.graph)
+        if _is_checkpointed(layer):
+            _tag_forward(joint.graph, save_attention=_saves_attention(layer))
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
 
     return partition
 
 
-def _tag_forward(graph: fx.Graph) -> None:
-    """What a checkpoint in a compiled region leaves: every node of the forward is to be computed again."""
+def _tag_forward(graph: fx.Graph, *, save_attention: bool) -> None:
+    """What a checkpoint in a compiled region leaves: every node of the forward is to be computed again, or what its
+    policy says."""
     backward: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
         if is_tangent or any(one in backward for one in node.all_input_nodes):
             backward.add(node)
         elif node.op == "call_function":
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            source = node.args[0] if node.target is operator.getitem else node
+            target = source.target if isinstance(source, fx.Node) else None
+            policy = choose_kept(None, target) if save_attention else CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["recompute"] = policy
             node.meta["ac_graph_id"] = 0
 
 

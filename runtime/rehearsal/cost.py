@@ -70,7 +70,9 @@ class Ledger:
         if "attention" in name:
             backward = "backward" in name  # whose first argument is the gradient
             query, key = inputs[1:3] if backward else inputs[:2]
-            self.note_attention(query, key, outputs, inputs=inputs, backward=backward)
+            is_masked = name == "fitune::efficient_attention" and len(inputs) > 3
+            outputs = outputs[: 3 if backward else 1]
+            self.note_attention(query, key, outputs, inputs=inputs, backward=backward, is_masked=is_masked)
             return
         if func._overloadpacket in flop_registry:
             kind, flops = "matrix", flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ...planner.speed import PhaseTime, StepTime, Work, estimate_phase_time, join_phases, make_step_time
-from ...planner.step_cost import estimate_update_work, host_waits
+from ...planner.step_cost import SELECTIVE_CALLS, estimate_update_work, host_waits
 from ...planner.strategy import Dtype, Rates, Strategy
 from .cut import Cut
 from .trace import TracedStep
@@ -23,6 +23,9 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
     works: dict[str, list[Work]] = {name: [] for name in PHASES}
     for phase, work in list_works(traced):
         works[phase].append(work)
+    if strategy.save_attention and not strategy.compile:
+        for name in PHASES:
+            works[name].append(_make_selection(traced))
     tokens = strategy.micro_batch_size * length
     micro_batch = {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
     update = time_update(traced, strategy, rates)
@@ -39,6 +42,18 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
         flops=flops_per_token * tokens,
         estimator="rehearsal",
     )
+
+
+def _make_selection(traced: TracedStep) -> Work:
+    """What eager checkpoints that keep attention's output take of the host, once through the checkpointed layers."""
+    checkpointed = sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in traced.model.layers)
+    times, sections = _count_layers(traced.model.cut), [name for _, name in traced.recording.marks]
+    calls = 0.0
+    for operation in traced.operations:
+        phase, _, layer = sections[operation.mark].partition(" ")
+        if phase == "forward" and layer and int(layer) < checkpointed:
+            calls += SELECTIVE_CALLS * times[int(layer)]
+    return Work(kind="none", calls=calls)
 
 
 def time_update(traced: TracedStep, strategy: Strategy, rates: Rates) -> dict[str, PhaseTime]:

@@ -29,8 +29,11 @@ MAY_CHANGE = {"budget.max_hours", "budget.price_per_hour"}
 REPLAN_MAY_CHANGE = {
     *MAY_CHANGE,
     *(f"budget.{key}" for key in ("gpu", "memory", "gpus", "host_memory", "disk")),
-    *(f"train.{key}" for key in ("micro_batch_size", "gradient_checkpointing", "loss_head", "compile", "kernels")),
-    *(f"train.{key}" for key in ("activation_offload", "expandable_segments", "optimizer_in_backward")),
+    *(
+        f"train.{key}"
+        for key in ("micro_batch_size", "gradient_checkpointing", "save_attention", "loss_head", "compile")
+    ),
+    *(f"train.{key}" for key in ("kernels", "activation_offload", "expandable_segments", "optimizer_in_backward")),
 }
 """Keys that `--replan` may find changed as well: none of them changes what is computed, rounding excepted."""
 

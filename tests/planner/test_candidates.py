@@ -82,7 +82,7 @@ def test_what_the_recipe_fixes_stays_fixed(key: str, value: object, field: str, 
 
 def test_what_the_recipe_leaves_open_is_all_tried() -> None:
     found = list_all({}, H100, "lora")
-    assert {one.checkpointed_layers for one in found} == {0, LAYERS}
+    assert {one.checkpointed_layers for one in found if not one.save_attention} == {0, LAYERS}
     assert {one.loss_head for one in found} == {"full", "fused"}
     assert {one.optimizer for one in found} == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
     assert {one.compile for one in found} == {False, True}
@@ -109,6 +109,26 @@ def test_asked_for_the_optimizer_is_in_backward_or_the_plan_an_error() -> None:
     assert list_methods(recipe_with(**tables)) == ("full",)
     with pytest.raises(PlanError, match=r"train\.optimizer_in_backward: .* computes in fp16"):
         list_all(tables, T4, "full")
+
+
+def test_attention_may_be_kept_where_rows_may_be_long_and_layers_are_checkpointed() -> None:
+    def kept(tables: Mapping[str, Any], device: Device = H100) -> set[tuple[int, bool]]:
+        return {(one.checkpointed_layers, one.save_attention) for one in list_all(tables, device, "lora")}
+
+    def rows_of(length: int) -> dict[str, Any]:
+        return {"data": {"train": "rows.jsonl", "max_length": length}}
+
+    plain, saving = {(0, False), (LAYERS, False)}, {(LAYERS // 2, True), (LAYERS, True)}
+    assert kept(rows_of(SHAPE.hidden_size - 1)) == plain
+    assert kept(rows_of(SHAPE.hidden_size)) == plain | saving
+    assert kept({"train": {"save_attention": True}}) == {(0, False)} | saving
+    assert kept({"train": {"save_attention": True, "gradient_checkpointing": 5}}) == {(5, True)}
+    for tables in ({"train": {"save_attention": False}}, {"train": {"activation_offload": True}}):
+        assert kept(rows_of(8192) | tables) == plain
+    eager = rows_of(8192) | {"model": {"id": "llama-3.2-1b", "attention": "eager"}}
+    assert kept(eager) == plain
+    with pytest.raises(PlanError, match=r"train\.save_attention: llama computes attention in several operations"):
+        kept(eager | {"train": {"save_attention": True}})
 
 
 def test_auto_compiles_dense_layers_of_known_families_on_a_gpu_that_can() -> None:

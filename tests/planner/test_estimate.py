@@ -291,3 +291,20 @@ def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
     assert [phase.name for phase in plain.phases if phase.name not in ("clip", "optimizer")] == [
         phase.name for phase in early.phases
     ]
+
+
+@settings(max_examples=60)
+@given(names, strategies(), st.integers(1, 16384), devices)
+def test_kept_attention_is_output_and_log_sum_exp_of_each_checkpointed_layer(
+    name: str, strategy: Strategy, length: int, kind: str
+) -> None:
+    shape = find_shape(name)
+    changes = {"activation_offload": False, "attention": "sdpa"}
+    plain, saving = (
+        estimate(name, strategy.model_copy(update=changes | {"save_attention": on}), length, DEVICES[kind])
+        for on in (False, True)
+    )
+    tokens, width = strategy.micro_batch_size * length, 2 if strategy.compute_dtype == "bf16" else 4
+    most = min(strategy.checkpointed_layers, shape.layers) * tokens * shape.heads * (width * shape.head_dim + 4)
+    assert 0 <= saving.peak_allocated_bytes - plain.peak_allocated_bytes <= most
+    assert find_phase(saving, "forward") - find_phase(plain, "forward") == most

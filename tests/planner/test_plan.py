@@ -390,6 +390,7 @@ recipes = st.fixed_dictionaries(
                 "optimizer": auto | st.sampled_from(["adamw", "adamw_32bit", "paged_adamw", "adafactor"]),
                 "gradient_checkpointing": auto | st.booleans() | st.integers(1, 16),
                 "loss_head": auto | st.sampled_from(["full", "chunked", "fused"]),
+                "save_attention": auto | st.booleans(),
                 "max_grad_norm": st.sampled_from(["off", 0.5]),
                 "compile": auto | st.booleans(),
                 "activation_offload": st.booleans(),

@@ -88,6 +88,15 @@ def test_half_of_the_layers_checkpointed_cost_half_of_the_time() -> None:
     assert half - none == pytest.approx((every - none) / 2)
 
 
+def test_attention_that_is_kept_pays_for_long_rows_and_not_for_short_ones_whose_layers_are_not_compiled() -> None:
+    for length, compiled, faster in ((16384, True, True), (16384, False, True), (512, False, False)):
+        again, kept = (
+            time_of(length=length, compile=compiled, checkpointed_layers=LAYERS, save_attention=on).seconds
+            for on in (False, True)
+        )
+        assert (kept < again) == faster
+
+
 def test_with_offload_checkpointing_is_faster_on_a_gpu_and_slower_on_a_cpu() -> None:
     """All activations cross the bus without it, and with it each layer's input only; a CPU has no bus."""
     for offload, device, faster in ((True, H100, True), (False, H100, False), (True, CPU, False)):

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "optimizer": "auto",
         "optimizer_in_backward": "auto",
         "gradient_checkpointing": "auto",
+        "save_attention": "auto",
         "loss_head": "auto",
         "compile": "auto",
         "kernels": "auto",
@@ -183,6 +184,14 @@ def test_a_mixture_names_its_sources_with_weights() -> None:
         (
             '[method]\nadapter = "old"\n[train]\nmax_grad_norm = "off"\noptimizer_in_backward = true',
             'train: optimizer_in_backward = true is for method.kind = "full"',
+        ),
+        (
+            "[train]\ngradient_checkpointing = false\nsave_attention = true",
+            "train.save_attention: true is for checkpointed layers, and train.gradient_checkpointing is false",
+        ),
+        (
+            "[train]\nsave_attention = true\nactivation_offload = true",
+            "train.activation_offload: excludes train.save_attention = true",
         ),
         ("[train]\nglobal_batch_size = 8.0", "train.global_batch_size: 8.0 is not a whole number from 1 to 2147483647"),
         ("[train]\neval_every = true", "train.eval_every: true is not a whole number from 1 to 2147483647"),
