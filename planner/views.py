@@ -1,28 +1,26 @@
-"""Views over many plans: every card of the catalog, a grid of settings, and the most that fits a device.
+"""Views over many plans: every card of the catalog, and the most that fits a device; a grid of settings is in sweep.py.
 
 A view is made of the plans that `make_plan` would make one by one, so what it shows is what `fitune plan` would say.
+Closed forms make all of them at once; then they are made again one by one with rehearsals, as long as there is time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import product
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from pydantic import Field
 
-from ..recipes.errors import FituneError, Problem, RecipeError
+from ..recipes.errors import FituneError
 from ..recipes.schema import BudgetTable
 from .catalog import CatalogGpu, list_gpus, list_models, make_catalog_device
-from .plan import Plan, PlanInputs, make_plan
-from .search import Measure, list_budgets
+from .clock import Clock
+from .memory import Estimator
+from .plan import Plan, PlanInputs, make_closed_form_measure, make_plan
+from .search import UNSURE_SHARE, Measure, list_budgets
 from .shape import ModelShape, make_shape
-from .strategy import Device, Strategy, Value
-
-MeasureFactory = Callable[[Device, int], Measure]
-"""Makes what measures the recipe's model on a device, for rows of so many tokens."""
+from .strategy import DataFacts, Device, Strategy, Value
 
 LENGTH_STEP = 64
 """Tokens: the longest length is looked for among the multiples of this."""
@@ -41,7 +39,7 @@ class Outcome(Value):
     headroom_bytes: what is left of the limit's budget, of the device's where that is time; below 0 what is missing
     tokens_per_second: None where the device's rates are not known
     total_seconds:  of the whole run, None where that is not known
-    estimator:      what the figures come from
+    estimator:      what the figures come from: a rehearsal of the step, or closed_forms
     """
 
     fits: bool
@@ -52,7 +50,7 @@ class Outcome(Value):
     headroom_bytes: int
     tokens_per_second: float | None
     total_seconds: float | None
-    estimator: str
+    estimator: Estimator
 
 
 class Card(Outcome):
@@ -79,46 +77,18 @@ class UnableCard(Value):
     error: str
 
 
-class Axis(Value):
-    """A key of the recipe and the values to try.
-
-    key:    dotted, such as `train.micro_batch_size`
-    values: one or more, as on the command line
-    """
-
-    key: str
-    values: tuple[str, ...] = Field(min_length=1)
-
-
-class Cell(Outcome):
-    """One combination of a sweep's values.
-
-    settings: dotted key to value, as on the command line
-    """
-
-    settings: dict[str, str]
-
-
-class FailedCell(Value):
-    """A combination that makes no valid recipe or that no strategy can follow.
-
-    settings: dotted key to value, as on the command line
-    error:    why
-    """
-
-    settings: dict[str, str]
-    error: str
-
-
 class LongestRows(Outcome):
     """The longest rows that fit.
 
     sequence_length: tokens, a multiple of 64
     is_model_limit:  whether memory would hold longer ones, and the model was not made for them
+    is_longest:      whether longer ones are known not to fit, or the model was not made for them; false where a
+                     search by rehearsals ran out of time
     """
 
     sequence_length: int = Field(ge=1)
     is_model_limit: bool
+    is_longest: bool
 
 
 class LargestModel(Outcome):
@@ -145,13 +115,78 @@ class WhatFits(Value):
     largest: LargestModel | None
 
 
-def make_cards(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -> tuple[Card | UnableCard, ...]:
-    """How the recipe runs on each card of the catalog, least memory first; of the inputs' own device only what is
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One plan of a view.
+
+    name:   what tells it from the others, for people
+    inputs: what it is made from
+    config: of the model, whose step can be rehearsed
+    """
+
+    name: str
+    inputs: PlanInputs
+    config: Mapping[str, Any]
+
+
+class Rehearser(Protocol):
+    """Rehearsals for the cases of a view, for as long as there is time."""
+
+    def may_go_on(self, case: Case, *, done: int, total: int | None) -> bool:
+        """Whether there is time for one more case; tells a person that it is the next one.
+
+        total: cases to rehearse, None where that shows only in the end
+        """
+
+    def rehearse(self, case: Case) -> tuple[Measure, Clock] | tuple[None, None]:
+        """A measuring function and a clock; None where a step on this device cannot be rehearsed."""
+
+
+def plan_cases(cases: Sequence[Case], rehearser: Rehearser | None) -> list[Plan | FituneError]:
+    """Each case's plan, or why it has none: by closed forms, then as many as there is time for by rehearsals, those
+    first whose verdict is open."""
+    plans = [_plan(case) for case in cases]
+    if rehearser is None:
+        return plans
+    waiting = sorted(
+        (_rank(plan), number)
+        for number, plan in enumerate(plans)
+        if isinstance(plan, Plan) and plan.device.kind == "cuda"
+    )
+    for done, (_, number) in enumerate(waiting):
+        if not rehearser.may_go_on(cases[number], done=done, total=len(waiting)):
+            break
+        plans[number] = _plan(cases[number], rehearser)
+    return plans
+
+
+def _rank(plan: Plan) -> int:
+    """In which order plans are made more exact: misses that a rehearsal may turn, what fits, and what is far off."""
+    return 1 if plan.fits else 0 if _may_fit(plan) else 2
+
+
+def _may_fit(plan: Plan) -> bool:
+    """Whether closed forms can be so far off that a plan fits which they take for too large."""
+    return plan.fits or plan.memory.peak_device_bytes * (1 - UNSURE_SHARE) <= plan.memory.budget_bytes
+
+
+def _plan(case: Case, rehearser: Rehearser | None = None) -> Plan | FituneError:
+    measure, clock = (None, None) if rehearser is None else rehearser.rehearse(case)
+    try:
+        return make_plan(case.inputs, measure, clock, with_reasons=False)
+    except FituneError as error:
+        return error
+
+
+def make_cards(case: Case, rehearser: Rehearser | None = None) -> tuple[Card | UnableCard, ...]:
+    """How the recipe runs on each card of the catalog, least memory first; of the case's own device only what is
     installed there matters."""
+    inputs = case.inputs
     budget = inputs.recipe_file.recipe.budget
     gpus = sorted(list_gpus(), key=lambda gpu: (gpu.memory_bytes, gpu.name))
-    devices = [(gpu, make_card_device(gpu, budget, has_liger=inputs.device.has_liger)) for gpu in gpus]
-    return tuple(_make_card(gpu, replace(inputs, device=device), make_measure) for gpu, device in devices)
+    devices = [make_card_device(gpu, budget, has_liger=inputs.device.has_liger) for gpu in gpus]
+    cases = [replace(case, name=device.name, inputs=replace(inputs, device=device)) for device in devices]
+    return tuple(_make_card(gpu, plan) for gpu, plan in zip(gpus, plan_cases(cases, rehearser), strict=True))
 
 
 def make_card_device(gpu: CatalogGpu, budget: BudgetTable, *, has_liger: bool) -> Device:
@@ -161,118 +196,119 @@ def make_card_device(gpu: CatalogGpu, budget: BudgetTable, *, has_liger: bool) -
     return device.model_copy(update={"budget_bytes": usable, "has_liger": has_liger})
 
 
-def _make_card(gpu: CatalogGpu, inputs: PlanInputs, make_measure: MeasureFactory | None) -> Card | UnableCard:
-    try:
-        plan = _plan(inputs, make_measure)
-    except FituneError as error:
-        return UnableCard(gpu=gpu.name, memory_bytes=gpu.memory_bytes, error=str(error))
-    return Card(gpu=gpu.name, memory_bytes=gpu.memory_bytes, **_sum_up(plan))
+def _make_card(gpu: CatalogGpu, plan: Plan | FituneError) -> Card | UnableCard:
+    if isinstance(plan, FituneError):
+        return UnableCard(gpu=gpu.name, memory_bytes=gpu.memory_bytes, error=str(plan))
+    return Card(gpu=gpu.name, memory_bytes=gpu.memory_bytes, **sum_up(plan))
 
 
-def parse_axes(words: Sequence[str]) -> tuple[Axis, ...]:
-    """Axes of a sweep such as `train.micro_batch_size=1,2,4`. Raises RecipeError with all that is wrong with them.
-
-    A comma within quotes or brackets does not separate values.
-    """
-    axes: list[Axis] = []
-    problems = []
-    for word in words:
-        key, equals, written = (part.strip() for part in word.partition("="))
-        values = tuple(value.strip() for value in _split_values(written))
-        problem = partial(Problem, where=f"--sweep {word if word.isprintable() else ascii(word)}")
-        if not equals or key.count(".") != 1 or not all(key.split(".")):
-            form = "table.key=value,value, such as train.micro_batch_size=1,2"
-            problems.append(problem(what=f"is not of the form {form}"))
-        elif not all(values):
-            problems.append(problem(what="has an empty value", hint="write the values with one comma between them"))
-        elif len(set(values)) < len(values):
-            problems.append(problem(what="has a value more than once"))
-        elif key in (axis.key for axis in axes):
-            problems.append(problem(what=f"{key} is swept more than once", hint="give all its values at once"))
-        else:
-            axes.append(Axis(key=key, values=values))
-    if problems:
-        raise RecipeError(problems)
-    return tuple(axes)
-
-
-def _split_values(text: str) -> Iterator[str]:
-    value, depth, quote = "", 0, ""
-    for character in text:
-        if character == "," and not depth and not quote:
-            yield value
-            value = ""
-            continue
-        value += character
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        else:
-            depth += (character in "[{") - (character in "]}")
-    yield value
-
-
-def make_grid(axes: Sequence[Axis], plan_cell: Callable[[Mapping[str, str]], Plan]) -> tuple[Cell | FailedCell, ...]:
-    """The plan of every combination, the last axis changing fastest; where none makes a plan, the first one's error.
-
-    plan_cell: plans for one combination of settings
-    """
-    cells: list[Cell | FailedCell] = []
-    errors = []
-    for values in product(*(axis.values for axis in axes)):
-        settings = {axis.key: value for axis, value in zip(axes, values, strict=True)}
-        try:
-            cells.append(Cell(settings=settings, **_sum_up(plan_cell(settings))))
-        except FituneError as error:
-            cells.append(FailedCell(settings=settings, error=str(error)))
-            errors.append(error)
-    if len(errors) == len(cells):
-        raise errors[0]
-    return tuple(cells)
-
-
-def find_what_fits(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -> WhatFits:
-    """The longest rows and the largest model for the inputs' device; models are compared by closed forms."""
+def find_what_fits(case: Case, rehearser: Rehearser | None = None) -> WhatFits:
+    """The longest rows and the largest model for the case's device."""
     return WhatFits(
-        device=inputs.device, longest=find_longest_rows(inputs, make_measure), largest=find_largest_model(inputs)
+        device=case.inputs.device,
+        longest=find_longest_rows(case, rehearser),
+        largest=find_largest_model(case, rehearser),
     )
 
 
-def find_longest_rows(inputs: PlanInputs, make_measure: MeasureFactory | None = None) -> LongestRows | None:
-    """By bisection over the multiples of 64 up to what the model was made for; memory grows with the length."""
-    made_for = inputs.shape.max_positions
+def find_longest_rows(case: Case, rehearser: Rehearser | None = None) -> LongestRows | None:
+    """The longest of the multiples of 64 up to what the model was made for; memory grows with the length.
+
+    By bisection over closed forms. Rehearsals begin there, and go on to where closed forms, as far off as the last
+    rehearsal showed them to be, expect the end, until one length fits and the next one does not.
+    """
+    made_for = case.inputs.shape.max_positions
     most = (made_for or LONGEST_LENGTH) // LENGTH_STEP
-    low, high, found = 0, most, None
+    steps, plan = _bisect(case, 0, most)
+    is_longest = True
+    if rehearser is not None and case.inputs.device.kind == "cuda":
+        low, high, exact = _close_in(case, rehearser, start=max(steps, 1), most=most)
+        if exact is not None or high == 1:
+            steps, plan, is_longest = low, exact, high - low == 1
+    if plan is None:
+        return None
+    at_limit = made_for is not None and steps == most
+    return LongestRows(
+        sequence_length=steps * LENGTH_STEP, is_model_limit=at_limit, is_longest=is_longest, **sum_up(plan)
+    )
+
+
+def _bisect(case: Case, low: int, high: int) -> tuple[int, Plan | None]:
+    """(multiples of 64 tokens, plan) of the longest rows up to `high` that fit by closed forms; (low, None) where
+    nothing longer than `low` does."""
+    found = None
     while low < high:
         middle = (low + high + 1) // 2
-        plan = _plan(_with_length(inputs, middle * LENGTH_STEP), make_measure)
+        plan = _plan(_with_length(case, middle))
+        if isinstance(plan, FituneError):
+            raise plan
         if plan.fits:
             low, found = middle, plan
         else:
             high = middle - 1
-    if found is None:
-        return None
-    at_limit = made_for is not None and low == most
-    return LongestRows(sequence_length=low * LENGTH_STEP, is_model_limit=at_limit, **_sum_up(found))
+    return low, found
 
 
-def find_largest_model(inputs: PlanInputs) -> LargestModel | None:
-    """The catalog's model of most parameters that can be trained on rows of this length and fits."""
+def _close_in(case: Case, rehearser: Rehearser, *, start: int, most: int) -> tuple[int, int, Plan | None]:
+    """(low, high, plan): the longest rows that are shown to fit, in multiples of 64 tokens, with their plan, and the
+    shortest that are shown not to; they are neighbours unless time ran out."""
+    low, high, found = 0, most + 1, None
+    guess, stride, done = start, 1, 0
+    while high - low > 1:
+        one = _with_length(case, guess)
+        if not rehearser.may_go_on(one, done=done, total=None):
+            break
+        plan, done = _plan(one, rehearser), done + 1
+        if isinstance(plan, FituneError):
+            raise plan
+        if plan.fits:
+            low, found = guess, plan
+        else:
+            high = guess
+        expected, _ = _bisect(_scale_budget(one, plan), low, high - 1)
+        if low < expected < high - 1 or low < expected == most:
+            guess, stride = expected, 1
+        else:
+            guess = min(low + stride, high - 1) if expected == low else max(high - stride, low + 1)
+            stride *= 2
+    return low, high, found
+
+
+def _scale_budget(case: Case, exact: Plan) -> Case:
+    """The case with its device's budget as closed forms would need it that are as far off as for this plan."""
+    inputs = case.inputs
     length = inputs.data.longest_row_tokens
+    merge = inputs.recipe_file.recipe.output.merge
+    quick = make_closed_form_measure(inputs.shape, inputs.device, length, merge=merge)(exact.strategy)
+    budget_bytes = max(1, inputs.device.budget_bytes * quick.required_bytes // exact.memory.required_bytes)
+    device = inputs.device.model_copy(update={"budget_bytes": budget_bytes})
+    return replace(case, inputs=replace(inputs, device=device))
+
+
+def find_largest_model(case: Case, rehearser: Rehearser | None = None) -> LargestModel | None:
+    """The catalog's model of most parameters that can be trained on rows of this length and fits."""
+    done = 0
+    for one in _list_models(case):
+        plan = _plan(one)
+        if isinstance(plan, FituneError) or not _may_fit(plan):  # it has no such target, or no such attention
+            continue
+        if rehearser is not None and rehearser.may_go_on(one, done=done, total=None):
+            plan, done = _plan(one, rehearser), done + 1
+        if isinstance(plan, Plan) and plan.fits:
+            return LargestModel(model=one.name, parameters=plan.parameters.total, **sum_up(plan))
+    return None
+
+
+def _list_models(case: Case) -> Iterator[Case]:
+    """The models of the catalog, largest first, that may fit and were made for rows of this length."""
+    inputs = case.inputs
     for model in sorted(list_models(), key=lambda one: one.parameters, reverse=True):
         shape = make_shape(model.config)
-        if shape.max_positions is not None and shape.max_positions < length:
+        if shape.max_positions is not None and shape.max_positions < inputs.data.longest_row_tokens:
             continue
-        if _estimate_least_weight_bytes(shape) > inputs.device.budget_bytes:
-            continue
-        try:
-            plan = make_plan(replace(inputs, shape=shape, stored_bytes=None), with_reasons=False)
-        except FituneError:  # it has no such target, or no such attention
-            continue
-        if plan.fits:
-            return LargestModel(model=model.name, parameters=plan.parameters.total, **_sum_up(plan))
-    return None
+        if _estimate_least_weight_bytes(shape) <= inputs.device.budget_bytes:
+            other = replace(inputs, shape=shape, stored_bytes=None, tokenizer_bytes=None, files_of=None)
+            yield Case(name=model.name, inputs=other, config=model.config)
 
 
 def _estimate_least_weight_bytes(shape: ModelShape) -> int:
@@ -280,22 +316,17 @@ def _estimate_least_weight_bytes(shape: ModelShape) -> int:
     return shape.parameters // 2
 
 
-def _plan(inputs: PlanInputs, make_measure: MeasureFactory | None) -> Plan:
-    measure = None if make_measure is None else make_measure(inputs.device, inputs.data.longest_row_tokens)
-    return make_plan(inputs, measure, with_reasons=False)
-
-
-def _with_length(inputs: PlanInputs, length: int) -> PlanInputs:
+def _with_length(case: Case, steps: int) -> Case:
+    """The case with rows of so many multiples of 64 tokens."""
+    length, inputs = steps * LENGTH_STEP, case.inputs
     recipe = inputs.recipe_file.recipe
     longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
-    return replace(
-        inputs,
-        recipe_file=replace(inputs.recipe_file, recipe=longer),
-        data=inputs.data.model_copy(update={"longest_row_tokens": length}),
-    )
+    data = DataFacts(rows=inputs.data.rows, longest_row_tokens=length, source=inputs.data.source)
+    recipe_file = replace(inputs.recipe_file, recipe=longer)
+    return replace(case, name=f"{length:,} tokens", inputs=replace(inputs, recipe_file=recipe_file, data=data))
 
 
-def _sum_up(plan: Plan) -> dict[str, Any]:
+def sum_up(plan: Plan) -> dict[str, Any]:
     """An Outcome's values."""
     budgets = list_budgets(plan.memory, plan.device)
     left = {name: budget - needed for name, (needed, budget) in budgets.items()}

@@ -35,6 +35,14 @@ SET_OPTION = click.option(
     metavar="TABLE.KEY=VALUE",
     help="Override a key of the recipe; may be repeated.",
 )
+TIME_LIMIT_OPTION = click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Of many plans, those that were not rehearsed by then are shown by closed forms.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -59,9 +67,10 @@ def cli(context: click.Context, debug: bool) -> None:
     "--sweep",
     multiple=True,
     metavar="KEY=V1,V2 [KEY=V1,V2...]",
-    help="A grid of plans, by closed forms: one for each combination of the values.",
+    help="A grid of plans: one for each combination of the values.",
 )
 @click.option("--what-fits", is_flag=True, help="The longest rows and the largest model for the device.")
+@TIME_LIMIT_OPTION
 def plan(
     recipes: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -71,14 +80,16 @@ def plan(
     html: str | None,
     sweep: tuple[str, ...],
     what_fits: bool,
+    time_limit: float,
 ) -> None:
     """Show what a run would need: a dry run without weights and without a GPU."""
     if sweep or what_fits:
-        from .views import show_view
+        from .views import Screen, ViewOptions, show_view
 
         if output is not None or html is not None or (sweep and what_fits):
             raise click.UsageError("--sweep, --what-fits, and -o or --html exclude each other")
-        sys.exit(show_view(recipes, overrides, sweep, console, as_json=as_json))
+        options = ViewOptions(quick=quick, limit_seconds=time_limit, as_json=as_json)
+        sys.exit(show_view(recipes, overrides, sweep, Screen(console=console, problems=problems), options))
     from ..planner.show.plan import render_plan
     from .planning import Job
 
@@ -112,11 +123,14 @@ def plan(
 @click.argument("recipe")
 @SET_OPTION
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a card, one a line.")
-def gpus(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
+@TIME_LIMIT_OPTION
+def gpus(recipe: str, overrides: tuple[str, ...], as_json: bool, quick: bool, time_limit: float) -> None:
     """Show which cards of the catalog can run a recipe, how, and with what headroom."""
-    from .views import show_cards
+    from .views import Screen, ViewOptions, show_cards
 
-    sys.exit(show_cards(recipe, overrides, console, as_json=as_json))
+    options = ViewOptions(quick=quick, limit_seconds=time_limit, as_json=as_json)
+    sys.exit(show_cards(recipe, overrides, Screen(console=console, problems=problems), options))
 
 
 def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:

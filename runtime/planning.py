@@ -11,10 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..planner.catalog import find_gpu
-from ..planner.clock import Clock
 from ..planner.files import FilesOf
 from ..planner.plan import Plan, PlanInputs, make_plan
-from ..planner.search import Measure
 from ..planner.shape import ModelShape, is_known_family, make_shape
 from ..planner.strategy import DataFacts, Device
 from ..recipes.errors import FituneError, PlanError
@@ -34,6 +32,7 @@ from .model.models import (
     measure_stored_bytes,
     measure_tokenizer_bytes,
 )
+from .rehearsing import Rehearsals
 from .versions import find_versions
 
 STANDING_ROWS = 128
@@ -130,31 +129,14 @@ class Job:
     def make_plan(self, *, quick: bool) -> Plan:
         """The plan; quick: closed forms alone and without reading the dataset."""
         inputs = self.find_inputs(quick=quick)
-        plan = make_plan(inputs, *((None, None) if quick else self.find_rehearsal(inputs)))
+        plan = make_plan(inputs, *((None, None) if quick else Rehearsals().find(self.source.config, inputs)))
         if quick or "data" not in vars(self):
             return plan
         refused = tuple(f"a run would be refused: {problem}" for problem in self.data_report.problems)
         return plan.model_copy(update={"warnings": (*plan.warnings, *refused)})
 
-    def find_rehearsal(self, inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
-        """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
-
-        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as one without torch is.
-        """
-        if inputs.device.kind == "cpu":
-            return None, None
-        try:
-            from .rehearsal.measure import Rehearsal
-            from .rehearsal.trace import Traces
-        except ImportError:
-            return None, None
-        length, merge = inputs.data.longest_row_tokens, self.recipe_file.recipe.output.merge
-        traces = Traces(self.source.config, sequence_length=length)
-        rehearsal = Rehearsal(traces, self.shape, inputs.device, merge=merge)
-        return rehearsal.measure, rehearsal.time
-
-    def find_inputs(self, *, quick: bool, device: Device | None = None) -> PlanInputs:
-        """Everything that the plan is made from; for the recipe's own device where none is given."""
+    def find_inputs(self, *, quick: bool, device: Device | None = None, data: DataFacts | None = None) -> PlanInputs:
+        """Everything that the plan is made from; for the recipe's own device and dataset where none are given."""
         return PlanInputs(
             recipe_file=self.recipe_file,
             recipe_path=self.path,
@@ -162,7 +144,7 @@ class Job:
             shape=self.shape,
             config_sha256=self.source.config_sha256,
             device=self._add_rates(device or self.probe_device(), quick=quick),
-            data=self.find_data_facts(quick=quick),
+            data=data or self.find_data_facts(quick=quick),
             versions=find_versions(),
             files_of=None if quick else self.files_of,
             stored_bytes=measure_stored_bytes(self.source.folder),

@@ -79,9 +79,9 @@ def test_there_is_nothing_left_to_do_in_comments(path: Path) -> None:
 LIGHT = {
     "plan": ["plan", "--quick", "quickstart"],
     "plan as JSON": ["plan", "--quick", "--json", "quickstart", "llama-3.1-8b-qlora"],
-    "sweep": ["plan", "quickstart", "--sweep", "train.seed=1,2"],
-    "what fits": ["plan", "quickstart", "--what-fits"],
-    "gpus": ["gpus", "quickstart"],
+    "sweep": ["plan", "--quick", "quickstart", "--sweep", "train.seed=1,2"],
+    "what fits": ["plan", "--quick", "quickstart", "--what-fits"],
+    "gpus": ["gpus", "--quick", "quickstart"],
     "validate": ["validate", "quickstart"],
     "explain": ["explain", "10B"],
     "schema": ["schema"],

@@ -10,12 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ...recipes.units import format_bytes, format_count, format_seconds
+from ..memory import Estimator
 from ..strategy import Strategy
-from ..views import Axis, Card, Cell, FailedCell, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
+from ..sweep import Axis, Cell, FailedCell
+from ..views import Card, LargestModel, LongestRows, Outcome, UnableCard, WhatFits
 from .plan import METHOD_WORDS
 from .reasons import describe_optimizer
 
-ESTIMATOR_WORDS = {"closed_forms": "closed forms", "rehearsal": "a rehearsal of the step"}
+ESTIMATOR_WORDS: dict[Estimator, str] = {"closed_forms": "closed forms", "rehearsal": "a rehearsal of the step"}
+WIDE_COLUMNS = 100
+"""A terminal from here on has room for a further column."""
 LIMIT_WORDS = {"host": "RAM", "disk": "disk", "time": "time"}
 
 
@@ -27,7 +31,7 @@ def render_cards(
     limit: the recipe's `budget.memory`
     """
     able = [card for card in cards if isinstance(card, Card)]
-    console.print(_render_cards(able))
+    console.print(_render_cards(able, is_wide=console.width >= WIDE_COLUMNS))
     unable = [card for card in cards if isinstance(card, UnableCard)]
     if unable:
         names = ", ".join(card.gpu for card in unable)
@@ -35,26 +39,20 @@ def render_cards(
     console.print(Text(f"{sum(card.fits for card in able)} of {len(cards)} cards can run it"))
     if limit is not None:
         console.print(Text(f"of each card at most budget.memory = {limit} is used"))
-    _print_estimator(able, console, sequence_length)
+    _print_estimators(able, console, f"{sequence_length:,}")
 
 
-def _render_cards(cards: Sequence[Card]) -> Table:
+def _render_cards(cards: Sequence[Card], *, is_wide: bool) -> Table:
     """A line a card; where nothing fits, the candidate that comes closest."""
-    table = _make_table(
-        "card", "to use", "method", "checkpointed", "rows", "optimizer", "needs", "to spare", "tokens/s"
-    )
+    table = _make_table("card", *(["to use"] if is_wide else []), "needs", "to spare", "tokens/s", "how")
     for card in cards:
-        strategy = card.strategy
         table.add_row(
             card.gpu,
-            _gib(card.budget_bytes),
-            _describe_method(strategy),
-            f"{strategy.checkpointed_layers} layers" if strategy.checkpointed_layers else "no",
-            f"{strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}",
-            describe_optimizer(strategy),
-            _gib(card.required_bytes),
+            *([_gib(card.budget_bytes)] if is_wide else []),
+            _describe_need(card),
             _render_headroom(card),
             "" if card.tokens_per_second is None else f"{card.tokens_per_second:,.0f}",
+            describe_briefly(card.strategy),
         )
     return table
 
@@ -74,7 +72,7 @@ def render_grid(axes: Sequence[Axis], cells: Sequence[Cell | FailedCell], consol
     failed = dict.fromkeys(cell.error for cell in cells if isinstance(cell, FailedCell))
     for error in failed:
         console.print(Text.assemble(("error: ", "bold red"), error))
-    _print_estimator([cell for cell in cells if isinstance(cell, Cell)], console, None)
+    _print_estimators([cell for cell in cells if isinstance(cell, Cell)], console)
 
 
 def render_what_fits(found: WhatFits, console: Console, *, sequence_length: int) -> None:
@@ -85,14 +83,13 @@ def render_what_fits(found: WhatFits, console: Console, *, sequence_length: int)
     table.add_row("longest rows", *_describe_longest(found.longest))
     table.add_row(f"largest model for rows of {sequence_length:,} tokens", *_describe_largest(found.largest))
     console.print(table)
-    for what, outcome in (("longest rows", found.longest), ("largest model", found.largest)):
-        if outcome is not None:
-            words = ESTIMATOR_WORDS.get(outcome.estimator, outcome.estimator)
-            console.print(Text(f"{what}: GiB with the margin, estimated by {words}"))
+    outcomes = [one for one in (found.longest, found.largest) if one is not None]
+    if outcomes:
+        _print_estimators(outcomes, console)
 
 
 def describe_briefly(strategy: Strategy) -> str:
-    """Such as `LoRA, checkpointed, 4 x 4 rows, AdamW`."""
+    """Such as `LoRA, 32 layers checkpointed, 4 x 4 rows, AdamW`."""
     parts = [_describe_method(strategy)]
     parts += [f"{strategy.checkpointed_layers} layers checkpointed"] if strategy.checkpointed_layers else []
     parts += [f"{strategy.loss_head} head"] if strategy.loss_head != "full" else []
@@ -111,7 +108,8 @@ def _describe_longest(longest: LongestRows | None) -> Iterator[RenderableType]:
         yield Text("not even 64 tokens fit", style="red")
         return
     limit = ", as long as the model was made for" if longest.is_model_limit else ""
-    yield Text(f"{longest.sequence_length:,} tokens{limit}")
+    least = "" if longest.is_longest else "at least "
+    yield Text(f"{least}{longest.sequence_length:,} tokens{limit}")
     yield from _describe_outcome(longest)
 
 
@@ -126,7 +124,7 @@ def _describe_largest(largest: LargestModel | None) -> Iterator[RenderableType]:
 def _describe_outcome(outcome: Outcome) -> tuple[RenderableType, ...]:
     return (
         describe_briefly(outcome.strategy) + _describe_pace(outcome),
-        _gib(outcome.required_bytes),
+        _describe_need(outcome),
         _render_headroom(outcome),
     )
 
@@ -136,7 +134,7 @@ def _render_cell(cell: Cell | FailedCell) -> Text:
         return Text("error", style="red")
     verdict = ("fits", "green") if cell.fits else ("too much", "red")
     limit = "" if cell.limit == "device" else f", {LIMIT_WORDS.get(cell.limit, cell.limit)} missing"
-    needs = f" {_gib(cell.required_bytes)} of {_gib(cell.budget_bytes)} GiB{limit}\n"
+    needs = f" {_describe_need(cell)} of {_gib(cell.budget_bytes)} GiB{limit}\n"
     return Text.assemble(verdict, needs, (describe_briefly(cell.strategy) + _describe_pace(cell), "bright_black"))
 
 
@@ -162,12 +160,19 @@ def _make_table(*heads: str, title: str | None = None, columns: Sequence[str] = 
     return table
 
 
-def _print_estimator(outcomes: Sequence[Outcome], console: Console, sequence_length: int | None) -> None:
+def _print_estimators(outcomes: Sequence[Outcome], console: Console, length: str | None = None) -> None:
     """What the figures come from, and for rows of which length."""
-    names = dict.fromkeys(ESTIMATOR_WORDS.get(one.estimator, one.estimator) for one in outcomes)
-    rows = "data.max_length" if sequence_length is None else f"{sequence_length:,}"
+    names = list(dict.fromkeys(ESTIMATOR_WORDS[one.estimator] for one in outcomes))
+    source = f"~ by {ESTIMATOR_WORDS['closed_forms']}, the others by {ESTIMATOR_WORDS['rehearsal']}"
     if names:
-        console.print(Text(f"GiB, margin included; estimated by {' and '.join(names)} for rows of {rows} tokens"))
+        source = source if len(names) > 1 else f"estimated by {names[0]}"
+        rows = "" if length is None else f", for rows of {length} tokens"
+        console.print(Text(f"GiB, margin included{rows}; {source}"))
+
+
+def _describe_need(outcome: Outcome) -> str:
+    """GiB; `~` marks the less exact of the two estimators."""
+    return ("~" if outcome.estimator == "closed_forms" else "") + _gib(outcome.required_bytes)
 
 
 def _gib(size: int) -> str:

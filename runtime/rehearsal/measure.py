@@ -62,13 +62,26 @@ def rehearse(
 def _measure(traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool) -> Memory:
     """The run as the measured driver gives out addresses; of one that fits, what other orders of them require too."""
     limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
-    replay = replay_run(traced, strategy, limit_bytes=limit_bytes)
+    replay = _replay_within(traced, strategy, limit_bytes)
     memory = _summarise(replay, traced, strategy, device, quick, merge=merge)
     if strategy.expandable_segments or memory.required_bytes > memory.budget_bytes:
         return memory
-    others = [replay_run(traced, strategy, limit_bytes=limit_bytes, order=order) for order in SEGMENT_ORDERS[1:]]
+    others = [_replay_within(traced, strategy, limit_bytes, order) for order in SEGMENT_ORDERS[1:]]
     unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in (replay, *others)])
     return memory.model_copy(update={"required_bytes": _require(memory.peak_device_bytes + unsure_bytes)})
+
+
+def _replay_within(
+    traced: TracedStep, strategy: Strategy, limit_bytes: int, order: SegmentOrder = SEGMENT_ORDERS[0]
+) -> Replay:
+    """replay_run, once for all cards whose memory it never meets the end of."""
+    known = traced.replays.get((strategy, order))
+    if known is not None and known.allocator.peak_reserved_bytes <= limit_bytes:
+        return known
+    replay = replay_run(traced, strategy, limit_bytes=limit_bytes, order=order)
+    if not replay.allocator.retries:
+        traced.replays[strategy, order] = replay
+    return replay
 
 
 def _require(device_bytes: int) -> int:

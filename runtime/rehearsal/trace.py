@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...planner.allocator import SegmentOrder
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
 from ..data.batches import STARTS_MULTIPLE
@@ -26,6 +27,7 @@ from .fakes import make_fakes
 from .kernels import noted_launches
 from .layers import NotPeriodic, Segment, extend, split_segments
 from .model import RehearsalModel, build_rehearsal_model
+from .replay import Replay
 from .updates import record_updates
 from .watch import Recording, StorageWatch
 
@@ -42,6 +44,7 @@ class TracedStep:
     operations: of the traced layers, with what they cost
     first:     segments of the first micro-batch
     next:      segments of any later one, which finds gradients to add to; empty without accumulation
+    replays:   those of it that met no limit of memory, by strategy and order of segments
     """
 
     model: RehearsalModel
@@ -49,6 +52,7 @@ class TracedStep:
     operations: Sequence[Operation]
     first: list[Segment]
     next: list[Segment]
+    replays: dict[tuple[Strategy, SegmentOrder], Replay] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

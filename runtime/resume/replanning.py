@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...planner.plan import Plan, make_plan
 from ...recipes.units import format_bytes
 from ..planning import Job
+from ..rehearsing import Rehearsals
 from .run_record import Failure
 
 
@@ -18,7 +19,7 @@ def make_new_plan(job: Job, old: Plan, failure: Failure | None) -> Plan:
         source = f"what was left when the run was out of memory in phase {failure.phase}"
         device = device.model_copy(update={"budget_bytes": failure.budget_bytes, "budget_source": source})
     inputs = replace(job.find_inputs(quick=False, device=device), like=old.strategy)
-    return make_plan(inputs, *job.find_rehearsal(inputs))
+    return make_plan(inputs, *Rehearsals().find(job.source.config, inputs))
 
 
 def describe_new_plan(job: Job, old: Plan, failure: Failure) -> str:

@@ -11,6 +11,7 @@ from fitune.planner.plan import Plan, PlanInputs, make_plan
 from fitune.planner.rates import make_gpu_rates
 from fitune.planner.shape import ModelShape, make_shape
 from fitune.planner.strategy import DataFacts, Device, Strategy
+from fitune.planner.views import Case
 from fitune.recipes.load import recipe_from_resolved
 
 GiB = 2**30
@@ -55,6 +56,14 @@ def make_inputs(
         data=DataFacts(rows=rows, longest_row_tokens=recipe.data.max_length, source="the longest row, tokenised"),
         versions={},
     )
+
+
+def make_case(tables: Mapping[str, Any], device: Device) -> Case:
+    """A recipe for a model of the catalog as the one case of a view."""
+    inputs = make_inputs(tables, device)
+    model = find_model(inputs.recipe_file.recipe.model.id)
+    assert model is not None, "the model is in the catalog"
+    return Case(name="recipe.toml", inputs=inputs, config=model.config)
 
 
 def plan_for(tables: Mapping[str, Any], device: Device, *, rows: int | None = 1000) -> Plan:

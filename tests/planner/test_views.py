@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import CPU, GiB, find_shape, make_gpu, make_inputs, plan_for
+from plans import CPU, GiB, find_shape, make_case, make_gpu, plan_for
 from rich.console import Console
 
 from fitune.planner.catalog import find_gpu, list_gpus, list_models
+from fitune.planner.clock import Clock, make_closed_form_clock
+from fitune.planner.memory import Memory
 from fitune.planner.plan import Plan, make_closed_form_measure, make_plan
 from fitune.planner.search import Measure
 from fitune.planner.shape import make_shape
 from fitune.planner.show.views import render_cards, render_grid, render_what_fits
-from fitune.planner.strategy import Device
+from fitune.planner.strategy import Device, Strategy
+from fitune.planner.sweep import Axis, Cell, FailedCell, make_grid, parse_axes
 from fitune.planner.views import (
-    Axis,
     Card,
-    Cell,
-    FailedCell,
+    Case,
     UnableCard,
     WhatFits,
     find_largest_model,
@@ -32,14 +33,16 @@ from fitune.planner.views import (
     find_what_fits,
     make_card_device,
     make_cards,
-    make_grid,
-    parse_axes,
 )
 from fitune.recipes.errors import RecipeError
 from fitune.recipes.schema import BudgetTable
 
 RTX_4090 = make_gpu("RTX 4090")
 LLAMA_8B = {"model": {"id": "llama-3.1-8b"}}
+ONE_WAY = LLAMA_8B | {
+    "method": {"kind": "qlora"},
+    "train": {"micro_batch_size": 1, "gradient_checkpointing": True, "optimizer": "adamw", "loss_head": "fused"},
+}
 TABLES = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries({"id": st.sampled_from(["gpt2", "llama-3.2-1b", "qwen3-8b", "mixtral-8x7b"])}),
@@ -57,19 +60,19 @@ def render(width: int = 100, *, what: Any, **values: Any) -> str:
     return file.getvalue()
 
 
-def plan_cell(settings_: Mapping[str, str]) -> Plan:
-    """A plan of a micro-batch and, where given, an optimizer; the recipe's global batch is 16."""
+def make_cell(settings_: Mapping[str, str]) -> Case:
+    """A case of a micro-batch and, where given, an optimizer; the recipe's global batch is 16."""
     train: dict[str, Any] = {"micro_batch_size": int(settings_["train.micro_batch_size"])}
     if "train.optimizer" in settings_:
         train["optimizer"] = settings_["train.optimizer"]
-    return plan_for(LLAMA_8B | {"train": train}, RTX_4090)
+    return make_case(LLAMA_8B | {"train": train}, RTX_4090)
 
 
 @settings(max_examples=8, deadline=None)
 @given(TABLES)
 def test_a_card_with_more_memory_never_fits_less(tables: dict[str, Any]) -> None:
     bf16 = {gpu.name: gpu.bf16 for gpu in list_gpus()}
-    cards = [card for card in make_cards(make_inputs(tables, CPU)) if isinstance(card, Card)]
+    cards = [card for card in make_cards(make_case(tables, CPU)) if isinstance(card, Card)]
     for can_bf16 in (True, False):
         fits = [card.fits for card in cards if bf16[card.gpu] == can_bf16]
         assert fits == sorted(fits)
@@ -78,7 +81,7 @@ def test_a_card_with_more_memory_never_fits_less(tables: dict[str, Any]) -> None
 @pytest.mark.parametrize("kind", ["auto", "full", "qlora"])
 def test_every_card_is_there_once_by_memory_and_says_what_its_own_plan_says(kind: str) -> None:
     tables = LLAMA_8B | {"method": {"kind": kind}}
-    cards = make_cards(make_inputs(tables, CPU))
+    cards = make_cards(make_case(tables, CPU))
     assert sorted(card.gpu for card in cards) == sorted(gpu.name for gpu in list_gpus())
     assert all(a.memory_bytes <= b.memory_bytes for a, b in pairwise(cards))
     for card in cards[::7]:
@@ -92,7 +95,7 @@ def test_every_card_is_there_once_by_memory_and_says_what_its_own_plan_says(kind
 
 
 def test_budget_memory_is_the_most_that_is_used_of_a_card() -> None:
-    for card in make_cards(make_inputs({"budget": {"memory": "20GiB"}}, CPU)):
+    for card in make_cards(make_case({"budget": {"memory": "20GiB"}}, CPU)):
         assert isinstance(card, Card)
         whole = make_card_device(find_gpu(card.gpu), BudgetTable(), has_liger=False).budget_bytes
         assert card.budget_bytes == min(whole, 20 * GiB)
@@ -100,7 +103,7 @@ def test_budget_memory_is_the_most_that_is_used_of_a_card() -> None:
 
 
 def test_ram_that_is_too_small_is_named_with_what_is_missing() -> None:
-    cards = make_cards(make_inputs({"budget": {"host_memory": "1GiB"}}, CPU))
+    cards = make_cards(make_case({"budget": {"host_memory": "1GiB"}}, CPU))
     largest = cards[-1]
     assert isinstance(largest, Card)
     assert (largest.fits, largest.limit) == (False, "host")
@@ -109,7 +112,7 @@ def test_ram_that_is_too_small_is_named_with_what_is_missing() -> None:
 
 
 def test_a_card_that_cannot_follow_the_recipe_says_why() -> None:
-    cards = make_cards(make_inputs({"model": {"id": "llama-3.2-1b", "attention": "flash_attention_2"}}, CPU))
+    cards = make_cards(make_case({"model": {"id": "llama-3.2-1b", "attention": "flash_attention_2"}}, CPU))
     unable = {card.gpu: card.error for card in cards if isinstance(card, UnableCard)}
     assert set(unable) == {gpu.name for gpu in list_gpus() if not gpu.bf16}
     assert "compute capability 8.0" in unable["T4"]
@@ -121,7 +124,7 @@ def test_rows_longer_than_the_longest_do_not_fit(tables: dict[str, Any], device:
     def fits(length: int) -> bool:
         return plan_for(tables | {"data": {"train": "rows.jsonl", "max_length": length}}, device).fits
 
-    longest = find_longest_rows(make_inputs(tables, device))
+    longest = find_longest_rows(make_case(tables, device))
     most = find_shape(tables["model"]["id"]).max_positions
     if longest is None:
         assert not fits(64)
@@ -136,7 +139,7 @@ def test_rows_longer_than_the_longest_do_not_fit(tables: dict[str, Any], device:
 def test_no_larger_model_of_the_catalog_fits(budget_gib: int) -> None:
     device = RTX_4090.model_copy(update={"budget_bytes": budget_gib * GiB})
     data = {"train": "rows.jsonl", "max_length": 4096}
-    largest = find_largest_model(make_inputs({"data": data}, device))
+    largest = find_largest_model(make_case({"data": data}, device))
     assert largest is not None
     fitting = [
         model.parameters
@@ -150,29 +153,109 @@ def test_no_larger_model_of_the_catalog_fits(budget_gib: int) -> None:
 
 def test_where_nothing_fits_there_is_neither_a_length_nor_a_model() -> None:
     tiny = RTX_4090.model_copy(update={"budget_bytes": 2**20})
-    found = find_what_fits(make_inputs({}, tiny))
+    found = find_what_fits(make_case({}, tiny))
     assert (found.longest, found.largest) == (None, None)
     text = render(what=render_what_fits, found=found, sequence_length=2048)
     assert "not even 64 tokens fit" in text
     assert "no model of the catalog fits" in text
 
 
-def test_a_given_measure_decides_instead_of_the_closed_forms() -> None:
-    inputs = make_inputs(LLAMA_8B, RTX_4090)
+class Inexact:
+    """Stands for rehearsals: closed forms times a factor, for as many cases as `limit` says."""
 
-    def make_doubled(device: Device, sequence_length: int) -> Measure:
-        return make_closed_form_measure(inputs.shape, device, 2 * sequence_length, merge=False)
+    def __init__(self, factor: float, limit: int | None = None) -> None:
+        self.factor, self.limit = factor, limit
+        self.names: list[str] = []
 
-    plain, doubled = find_longest_rows(inputs), find_longest_rows(inputs, make_doubled)
-    assert plain is not None
-    assert doubled is not None
-    assert doubled.sequence_length == plain.sequence_length // 128 * 64
-    for card in make_cards(inputs, make_doubled)[::17]:
+    def may_go_on(self, case: Case, *, done: int, total: int | None) -> bool:
+        is_over = self.limit is not None and len(self.names) >= self.limit
+        self.names += [] if is_over else [case.name]
+        return not is_over
+
+    def rehearse(self, case: Case) -> tuple[Measure, Clock]:
+        inputs = case.inputs
+        device, length = inputs.device, inputs.data.longest_row_tokens
+        merge = inputs.recipe_file.recipe.output.merge
+        quick = make_closed_form_measure(inputs.shape, device, length, merge=merge)
+
+        def measure(strategy: Strategy) -> Memory:
+            memory = quick(strategy)
+            needed = int(self.factor * memory.required_bytes)
+            return memory.model_copy(update={"required_bytes": needed, "estimator": "rehearsal"})
+
+        return measure, make_closed_form_clock(inputs.shape, device, length)
+
+    def plan(self, case: Case) -> Plan:
+        return make_plan(case.inputs, *self.rehearse(case))
+
+
+def test_every_rehearsed_card_says_what_its_rehearsed_plan_says() -> None:
+    case, rehearser = make_case(ONE_WAY, RTX_4090), Inexact(0.8)
+    cards = make_cards(case, rehearser)
+    assert sorted(rehearser.names) == sorted(card.gpu for card in cards)
+    for card in cards[::9]:
         assert isinstance(card, Card)
         device = make_card_device(find_gpu(card.gpu), BudgetTable(), has_liger=False)
-        plan = make_plan(replace(inputs, device=device), make_doubled(device, 2048))
-        assert (card.fits, card.required_bytes) == (plan.fits, plan.memory.required_bytes)
-        assert card.required_bytes == make_doubled(device, 2048)(card.strategy).required_bytes
+        plan = rehearser.plan(replace(case, inputs=replace(case.inputs, device=device)))
+        assert (card.fits, card.strategy, card.estimator) == (plan.fits, plan.strategy, plan.estimator)
+        assert card.required_bytes == plan.memory.required_bytes
+
+
+def test_when_time_is_over_the_other_rows_keep_their_closed_forms_and_the_open_ones_came_first() -> None:
+    quick = {card.gpu: card for card in make_cards(make_case(ONE_WAY, RTX_4090))}
+    rehearser = Inexact(0.8, limit=5)
+    cards = [card for card in make_cards(make_case(ONE_WAY, RTX_4090), rehearser) if isinstance(card, Card)]
+    rehearsed = {card.gpu for card in cards if card.estimator == "rehearsal"}
+    assert len(rehearser.names) == 5
+    assert rehearsed <= set(rehearser.names)
+    assert all(card == quick[card.gpu] for card in cards if card.gpu not in rehearser.names)
+    first = quick[rehearser.names[0]]
+    assert isinstance(first, Card)
+    assert not first.fits
+    assert first.required_bytes < 2 * first.budget_bytes
+    text = render(what=render_cards, cards=cards, sequence_length=2048)
+    assert text.count("~") == len(cards) - len(rehearsed) + 1
+    assert "the others by a rehearsal of the step" in " ".join(text.split())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([0.6, 0.9, 1.0, 1.15]), st.integers(6, 40))
+def test_rehearsals_find_the_length_that_fits_while_64_tokens_more_do_not(factor: float, budget_gib: int) -> None:
+    device = RTX_4090.model_copy(update={"budget_bytes": budget_gib * GiB})
+    rehearser = Inexact(factor)
+    longest = find_longest_rows(make_case(ONE_WAY, device), rehearser)
+
+    def fits(length: int) -> bool:
+        data = {"train": "rows.jsonl", "max_length": length}
+        return rehearser.plan(make_case(ONE_WAY | {"data": data}, device)).fits
+
+    if longest is None:
+        assert not fits(64)
+        return
+    assert longest.is_longest
+    assert fits(longest.sequence_length)
+    assert longest.is_model_limit or not fits(longest.sequence_length + 64)
+    assert len(rehearser.names) <= 8
+
+
+def test_a_search_for_the_longest_rows_without_time_for_its_end_says_at_least() -> None:
+    case = make_case(ONE_WAY, RTX_4090)
+    longest = find_longest_rows(case, Inexact(0.8, limit=1))
+    assert longest is not None
+    assert (longest.is_longest, longest.estimator) == (False, "rehearsal")
+    assert find_longest_rows(case, Inexact(0.8, limit=0)) == find_longest_rows(case)
+    found = WhatFits(device=RTX_4090, longest=longest, largest=None)
+    text = render(what=render_what_fits, found=found, sequence_length=2048)
+    assert f"at least {longest.sequence_length:,} tokens" in " ".join(text.split())
+
+
+def test_a_rehearsal_finds_a_larger_model_than_closed_forms_that_are_too_careful() -> None:
+    case = make_case({"method": ONE_WAY["method"], "train": ONE_WAY["train"]}, RTX_4090)
+    quick, exact = find_largest_model(case), find_largest_model(case, Inexact(0.7))
+    assert quick is not None
+    assert exact is not None
+    assert exact.parameters > quick.parameters
+    assert exact.estimator == "rehearsal"
 
 
 def test_an_axis_is_a_key_and_its_values() -> None:
@@ -236,19 +319,19 @@ AXES = parse_axes(["train.micro_batch_size=1,2,16", "train.optimizer=adamw,adamw
 
 
 def test_the_cells_of_a_grid_are_the_single_plans_in_order() -> None:
-    cells = make_grid(AXES, plan_cell)
+    cells = make_grid(AXES, make_cell)
     assert [tuple(cell.settings.values()) for cell in cells] == [
         (micro, optimizer) for micro in ("1", "2", "16") for optimizer in ("adamw", "adamw_8bit")
     ]
     for cell in cells:
         assert isinstance(cell, Cell)
-        plan = plan_cell(cell.settings)
+        plan = make_plan(make_cell(cell.settings).inputs)
         assert (cell.fits, cell.strategy) == (plan.fits, plan.strategy)
         assert (cell.required_bytes, cell.budget_bytes) == (plan.memory.required_bytes, plan.memory.budget_bytes)
 
 
 def test_a_combination_that_is_no_recipe_fails_alone() -> None:
-    cells = make_grid(parse_axes(["train.micro_batch_size=4,3"]), plan_cell)
+    cells = make_grid(parse_axes(["train.micro_batch_size=4,3"]), make_cell)
     assert isinstance(cells[0], Cell)
     assert isinstance(cells[1], FailedCell)
     assert "does not divide" in cells[1].error
@@ -256,16 +339,16 @@ def test_a_combination_that_is_no_recipe_fails_alone() -> None:
 
 def test_where_every_combination_fails_the_first_ones_error_is_raised() -> None:
     with pytest.raises(RecipeError, match="3 does not divide"):
-        make_grid(parse_axes(["train.micro_batch_size=3,5"]), plan_cell)
+        make_grid(parse_axes(["train.micro_batch_size=3,5"]), make_cell)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_tables_keep_within_the_terminal(width: int) -> None:
-    inputs = make_inputs({}, RTX_4090)
+    case = make_case({}, RTX_4090)
     texts = [
-        render(width, what=render_cards, cards=make_cards(inputs), sequence_length=2048),
-        render(width, what=render_grid, axes=AXES, cells=make_grid(AXES, plan_cell)),
-        render(width, what=render_what_fits, found=find_what_fits(inputs), sequence_length=2048),
+        render(width, what=render_cards, cards=make_cards(case), sequence_length=2048),
+        render(width, what=render_grid, axes=AXES, cells=make_grid(AXES, make_cell)),
+        render(width, what=render_what_fits, found=find_what_fits(case), sequence_length=2048),
     ]
     for text in texts:
         assert max(map(len, text.splitlines())) <= width
@@ -273,7 +356,7 @@ def test_tables_keep_within_the_terminal(width: int) -> None:
 
 
 def test_further_axes_make_a_table_each() -> None:
-    cells = make_grid(AXES, plan_cell)
+    cells = make_grid(AXES, make_cell)
     axes = (AXES[0], Axis(key="train.seed", values=("0",)), AXES[1])
     wider = [
         cell.model_copy(update={"settings": {"a": cell.settings[AXES[0].key], "b": "0", "c": optimizer}})
@@ -286,7 +369,7 @@ def test_further_axes_make_a_table_each() -> None:
 
 
 def test_what_fits_is_json_in_and_json_out() -> None:
-    found = find_what_fits(make_inputs(LLAMA_8B, RTX_4090))
+    found = find_what_fits(make_case(LLAMA_8B, RTX_4090))
     assert WhatFits.model_validate_json(found.model_dump_json()) == found
-    for card in make_cards(make_inputs({}, CPU))[:3]:
+    for card in make_cards(make_case({}, CPU))[:3]:
         assert Card.model_validate_json(card.model_dump_json()) == card

@@ -271,6 +271,8 @@ def test_strategies_that_differ_in_the_update_share_one_trace(monkeypatch: pytes
 def test_cards_and_budgets_share_a_trace_where_their_kernels_allocate_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = (find_gpu(name) for name in ("RTX 4090", "A100 80GB", "H100 80GB", "B200"))
     devices = [make_catalog_device(card, BudgetTable()) for card in cards]
+    tight = [devices[0].model_copy(update={"memory_bytes": size * 2**20}) for size in (1300, 1320, 1340, 1400, 1600)]
+    devices = [*devices, *tight, *devices]
     alone = [rehearse(LLAMA, make_strategy(), device, sequence_length=256, merge=False) for device in devices]
     traced: list[CudaCard] = []
 
@@ -283,6 +285,7 @@ def test_cards_and_budgets_share_a_trace_where_their_kernels_allocate_alike(monk
     shared = [Rehearsal(traces, make_shape(LLAMA), device, merge=False).measure(make_strategy()) for device in devices]
     assert shared == alone
     assert [card.major for card in traced] == [8, 9]
+    assert len({memory.peak_reserved_bytes for memory in shared}) > 2
 
 
 def list_events(segments: Sequence[Segment]) -> list[tuple[str, int | None, list[int]]]:

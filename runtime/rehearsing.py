@@ -1,0 +1,96 @@
+"""Rehearsals for plans: one for a plan alone, and those of a view's many plans, which share traces and a time limit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.status import Status
+
+from ..planner.clock import Clock
+from ..planner.plan import PlanInputs
+from ..planner.search import Measure
+from ..planner.views import Case
+
+if TYPE_CHECKING:
+    from .rehearsal.trace import Traces
+
+TRACES_KEPT = 4
+"""Models and lengths of rows whose traces stay in memory: some MB for each way to run a step."""
+
+
+class Rehearsals:
+    """Rehearsals of the step; those of the same model on rows of the same length share their traces."""
+
+    def __init__(self) -> None:
+        self._traces: dict[tuple[str, int], Traces] = {}
+
+    def find(self, config: Mapping[str, Any], inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
+        """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
+
+        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as one without torch is.
+        """
+        if inputs.device.kind == "cpu":
+            return None, None
+        try:
+            from .rehearsal.measure import Rehearsal
+        except ImportError:
+            return None, None
+        traces, merge = self._find_traces(config, inputs), inputs.recipe_file.recipe.output.merge
+        rehearsal = Rehearsal(traces, inputs.shape, inputs.device, merge=merge)
+        return rehearsal.measure, rehearsal.time
+
+    def _find_traces(self, config: Mapping[str, Any], inputs: PlanInputs) -> Traces:
+        from .rehearsal.trace import Traces
+
+        length = inputs.data.longest_row_tokens
+        key = json.dumps(config, sort_keys=True, default=str), length
+        traces = self._traces.pop(key, None) or Traces(config, sequence_length=length)
+        self._traces[key] = traces
+        while len(self._traces) > TRACES_KEPT:
+            del self._traces[next(iter(self._traces))]
+        return traces
+
+
+class TimedRehearser:
+    """Rehearses the cases of a view until its time is over, with a line on a terminal that says how far it is.
+
+    is_over: whether time ran out with cases left
+    """
+
+    def __init__(self, console: Console, limit_seconds: float) -> None:
+        self.is_over = False
+        self._limit_seconds = limit_seconds
+        self._start: float | None = None
+        self._rehearsals = Rehearsals()
+        self._status = Status("", console=console) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def may_go_on(self, case: Case, *, done: int, total: int | None) -> bool:
+        """See planner.views.Rehearser; time counts from the first call."""
+        now = monotonic()
+        if self._start is None:
+            self._start = now
+        seconds = now - self._start
+        self.is_over = seconds >= self._limit_seconds
+        if self._status is not None and not self.is_over:
+            of = "" if total is None else f" of {total}"
+            self._status.update(
+                f"rehearsing {case.name}: {done + 1}{of}, {seconds:.0f} s of at most {self._limit_seconds:.0f} s"
+            )
+            self._status.start()
+        return not self.is_over
+
+    def rehearse(self, case: Case) -> tuple[Measure, Clock] | tuple[None, None]:
+        """See planner.views.Rehearser."""
+        return self._rehearsals.find(case.config, case.inputs)
