@@ -228,13 +228,18 @@ def estimate_recast_bytes(step: StepShape, block: BlockShape) -> tuple[int, int]
 
 def estimate_backward_temporary(step: StepShape, block: BlockShape) -> int:
     """Gradients that flow inside one layer: the residual stream's, and beside it two of the MLP's width or, in a norm,
-    two fp32 ones of the hidden size; for qlora the largest dequantised weight beside them."""
+    two fp32 ones of the hidden size; for qlora the largest dequantised weight beside them, in float8 a transposed one
+    and the gradient's fp32 copies."""
     shape = step.shape
     in_mlp = 2 * step.compute_bytes * step.tokens * (shape.experts_per_token or 1) * shape.intermediate_size
     in_norm = 2 * FP32 * step.tokens * shape.hidden_size
     flowing = max(in_mlp, in_norm) + step.residual_bytes * step.tokens * shape.hidden_size
     if step.strategy.attention == "eager":
         flowing = max(flowing, 2 * FP32 * step.tokens * step.sequence * shape.heads)
+    if step.strategy.float8:
+        widest = max(linear.outputs for linear in block.linears)
+        copies = (1 if step.strategy.compile else 2 * FP32) * step.tokens * widest
+        return flowing + copies + max(linear.weight_parameters for linear in block.linears)
     if step.strategy.method != "qlora":
         return flowing
     return flowing + step.compute_bytes * max(linear.weight_parameters for linear in block.linears)

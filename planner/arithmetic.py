@@ -40,9 +40,12 @@ def estimate_nf4_bytes(elements: int, *, double_quantization: bool) -> int:
 def estimate_weight_bytes(shape: ModelShape, strategy: Strategy) -> int:
     """Bytes of the base model's weights as they lie in memory.
 
-    full, lora: parameters * dtype. qlora: every linear layer but the LM head in NF4, the rest at weights_dtype.
+    full, lora: parameters * dtype. qlora: every linear layer but the LM head in NF4, the rest at weights_dtype; float8:
+    the same layers in a byte a parameter.
     """
     width = DTYPE_BYTES[strategy.weights_dtype]
+    if strategy.float8:
+        return shape.quantized_parameters + (shape.parameters - shape.quantized_parameters) * width
     if strategy.method != "qlora":
         return shape.parameters * width
     quantized = sum(

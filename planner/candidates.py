@@ -99,6 +99,8 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
     Where transformers does not run an architecture with SDPA, attention is eager.
     """
     train, adapters = recipe.train, recipe.method
+    if train.float8:
+        _check_float8(recipe, device, method, shape)
     has_adapter = method != "full"
     for (setting, micro, in_backward), (checkpointed, saves), head, optimizer, (compiled, kernels) in product(
         _list_settings_of_batches(recipe, device, method),
@@ -132,6 +134,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             clips_gradients=train.max_grad_norm != "off",
             compile=compiled,
             kernels=kernels,
+            float8=train.float8,
             packing=recipe.data.packing,
             activation_offload=train.activation_offload,
             expandable_segments=train.expandable_segments,
@@ -226,6 +229,22 @@ def _explain_no_liger(device: Device, shape: ModelShape) -> str | None:
     if not device.has_liger:
         return 'it is not installed here, or Triton is not: pip install "fitune[liger]" (on Linux)'
     return None
+
+
+def _check_float8(recipe: Recipe, device: Device, method: Method, shape: ModelShape) -> None:
+    """PlanError where frozen layers cannot be stored and multiplied in float8."""
+    if method != "lora":
+        wrong = "has no frozen weights" if method == "full" else "stores its frozen weights in NF4 already"
+        raise PlanError(f'train.float8: method.kind = "{method}" {wrong}: use "lora"')
+    if not device.has_float8:
+        raise PlanError(
+            f"train.float8: {device.name} has no float8 products: they need a GPU of compute capability 8.9 or more, "
+            "such as an H100 or an RTX 4090"
+        )
+    if recipe.model.dtype not in ("auto", "bf16"):
+        raise PlanError(f'train.float8: its products are in bf16: leave model.dtype = "{recipe.model.dtype}" out')
+    if shape.experts or shape.is_guess:
+        raise PlanError(f"train.float8: it is for dense models of known families, and this one is a {shape.model_type}")
 
 
 def _list_loss_heads(recipe: Recipe, method: Method, shape: ModelShape) -> tuple[LossHead, ...]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from ..recipes.errors import DeviceError
 from ..recipes.schema import BudgetTable
 from ..recipes.units import MiB
-from .rates import make_gpu_rates
+from .rates import FLOAT8_CAPABILITY, make_gpu_rates
 from .strategy import Device, Value
 
 DRIVER_SHARE = 0.02
@@ -132,6 +132,7 @@ def make_catalog_device(gpu: CatalogGpu, budget: BudgetTable) -> Device:
         budget_bytes=budget.memory_bytes or gpu.usable_bytes,
         bf16=gpu.bf16,
         compiles=gpu.capability >= TRITON_CAPABILITY,
+        has_float8=gpu.capability >= FLOAT8_CAPABILITY,
         gpus=budget.gpus,
         host_memory_bytes=budget.host_memory_bytes,
         disk_bytes=budget.disk_bytes,

@@ -252,6 +252,8 @@ def _load_temporary(shape: ModelShape, strategy: Strategy) -> int:
     width = DTYPE_BYTES[strategy.weights_dtype]
     experts = max(block.expert_parameters for block in shape.blocks)
     joined = width * experts * 2 // 3 if shape.gated_mlp else 0
+    if strategy.float8:  # all of it in 16 bits, then one weight after the other by way of two fp32 copies
+        return (width - 1) * shape.quantized_parameters + 2 * 4 * largest_linear(shape).weight_parameters
     if strategy.method != "qlora":
         return joined
     elements = largest_linear(shape).weight_parameters

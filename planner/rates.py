@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 MATRIX_SHARE = 0.76
 """Of the dense matrix rate that large products reach: 711 to 791 of 989 TFLOP/s measured on Llama-3.1-8B's shapes."""
+FLOAT8_CAPABILITY = (8, 9)
+"""The oldest compute capability with float8 products."""
+FLOAT8_FACTOR = 2
+"""Dense float8 products with fp32 sums beside 16-bit ones, by the data sheets of every card that has them (H100: 1,979
+and 989 TFLOP/s, L4: 242 and 121)."""
 MEMORY_SHARE = 0.80
 """Of the memory's bandwidth that element-wise operations reach: 78 to 84 % of an H100's is what profiles of such
 kernels show; strided and mixed-dtype ones reach less, cached ones more."""
@@ -53,6 +58,7 @@ def make_gpu_rates(gpu: CatalogGpu) -> Rates:
         peak_flops=peak,
         half_flops=MATRIX_SHARE * peak,
         full_flops=None if gpu.fp32_tflops is None else MATRIX_SHARE * gpu.fp32_tflops * 1e12,
+        float8_flops=FLOAT8_FACTOR * MATRIX_SHARE * peak if gpu.capability >= FLOAT8_CAPABILITY else None,
         memory_bytes=MEMORY_SHARE * gpu.bandwidth_gb_per_second * 1e9,
         host_bytes=HOST_SHARE * host * 1e9,
         operation_seconds=OPERATION_SECONDS,

@@ -32,7 +32,7 @@ class Work:
     kind:     matrix, attention, memory (all that only moves bytes), transfer (to or from the host) or none
     flops:    floating point operations of one of them
     bytes:    that one of them reads and writes
-    width:    bytes of an element: 4 computes at the fp32 rate
+    width:    bytes of an element: 4 computes at the fp32 rate, 1 at float8's
     head_dim, sequence: of attention
     backward: whether it is attention's backward
     is_masked: whether attention reads a mask, which FlashAttention has no kernels for
@@ -164,6 +164,8 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
         shares = ATTENTION_SHARES[kernels, work.backward]
         size = next((one for one in shares if work.head_dim <= one), max(shares))
         rate = rates.peak_flops * shares[size] * work.sequence / (work.sequence + HALF_LENGTH)
+    elif work.width == 1:
+        rate = rates.float8_flops or rates.half_flops
     elif work.width >= 4:
         rate = rates.full_flops or rates.half_flops
     return max(work.flops / rate, work.bytes / rates.memory_bytes, rates.kernel_seconds)

@@ -32,6 +32,9 @@ DROPOUT_BYTES = 5
 FP32_BYTES = 4
 FUSED_SHARE = 0.3
 """Of these bytes that are left where layers are compiled: each chain of operations reads and writes once."""
+QUANTIZING_BYTES = 25
+"""Bytes an element that quantising to float8 moves: magnitude, maximum, to fp32, scaled, to float8."""
+QUANTIZING_CALLS = 12
 SCORE_BYTES = 24
 """Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
 HEAD_BYTES = 24
@@ -113,7 +116,7 @@ def _list_layer(
     """One forward of all layers like `block`, or of a share of them."""
     repeats = share * block.repeats
     for linear in block.linears:
-        yield from _list_product(step, linear, repeats)
+        yield from _list_product(step, linear, repeats, quantized=linear.inputs)
         yield from _list_adapter(step, linear, repeats, gradients=False)
     yield from _list_experts(step, block, repeats, factor=1)
     if with_attention:
@@ -140,19 +143,25 @@ def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
         yield Work(kind="none", calls=_scale_calls(strategy, RECOMPUTE_CALLS), times=share * block.repeats)
     for linear in block.linears:
         for _ in range(1 + step.trains_base):
-            yield from _list_product(step, linear, block.repeats)
+            yield from _list_product(step, linear, block.repeats, quantized=linear.outputs)
         yield from _list_adapter(step, linear, block.repeats, gradients=True)
     yield from _list_experts(step, block, block.repeats, factor=2 if step.trains_base else 1)
     yield from _list_attention(step, block, block.repeats, backward=True)
     yield _make_traffic(step, block.repeats, backward=True)
 
 
-def _list_product(step: StepShape, linear: LinearShape, repeats: float) -> Iterator[Work]:
-    """[T, inputs] times [inputs, outputs]; an NF4 weight is read packed, or an fp32 one, and written in the compute
-    dtype first (fp32 ones in forward only: backward finds the copy, and casts the gradient back)."""
-    a, elements = step.compute_bytes, linear.weight_parameters
-    moved = a * (step.tokens * (linear.inputs + linear.outputs) + elements)
-    yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, calls=0, times=repeats)
+def _list_product(step: StepShape, linear: LinearShape, repeats: float, *, quantized: int) -> Iterator[Work]:
+    """[T, inputs] times [inputs, outputs], in float8 after [T, quantized] is quantised. NF4 weights are read packed, or
+    fp32 ones, and written in the compute dtype first (fp32 ones in forward only: backward finds the copy, and casts
+    the gradient back)."""
+    a, elements, strategy = step.compute_bytes, linear.weight_parameters, step.strategy
+    width = 1 if strategy.float8 else a
+    moved = a * step.tokens * (linear.inputs + linear.outputs) + width * elements
+    yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=width, calls=0, times=repeats)
+    if strategy.float8:
+        cast = QUANTIZING_BYTES * (FUSED_SHARE if strategy.compile else 1.0) * step.tokens * quantized
+        calls = _scale_calls(strategy, QUANTIZING_CALLS)
+        yield Work(kind="memory", bytes=cast, calls=calls, times=repeats)
     if step.strategy.method == "qlora":
         packed = estimate_nf4_bytes(elements, double_quantization=step.strategy.double_quantization)
         yield Work(kind="memory", bytes=packed + a * elements, calls=0, times=repeats)

@@ -39,6 +39,7 @@ class Rates(Value):
     peak_flops:       dense 16-bit matrix rate by the data sheet, operations a second; of a CPU the highest measured one
     half_flops:       of which large 16-bit products reach so much, operations a second
     full_flops:       the same of fp32 products, None where it is not known
+    float8_flops:     the same of float8 products, None where there are none
     memory_bytes:     what operations reach that only move bytes, bytes a second
     host_bytes:       between the card and its host, each way, bytes a second; None for a CPU
     operation_seconds: time the host takes to start an operation
@@ -52,6 +53,7 @@ class Rates(Value):
     peak_flops: float = Field(gt=0)
     half_flops: float = Field(gt=0)
     full_flops: float | None = Field(default=None, gt=0)
+    float8_flops: float | None = Field(default=None, gt=0)
     memory_bytes: float = Field(gt=0)
     host_bytes: float | None = Field(default=None, gt=0)
     operation_seconds: float = Field(ge=0)
@@ -78,6 +80,7 @@ class Device(Value):
     beside:          what `fitune calibrate` learnt of it, None where the closed form's constant holds
     rates:           how fast it works, None where that is not known: then no time is predicted
     compiles:        whether layers can be compiled: a GPU that Triton knows, and a C compiler for its launchers
+    has_float8:      whether it multiplies in float8: compute capability 8.9 or more
     has_liger:       whether Liger's kernels are installed where the plan is made
     """
 
@@ -94,6 +97,7 @@ class Device(Value):
     beside: DeviceConstant | None = None
     rates: Rates | None = None
     compiles: bool = True
+    has_float8: bool = False
     has_liger: bool = False
 
 
@@ -141,6 +145,7 @@ class Strategy(Value):
     clips_gradients:  whether gradients are scaled to a norm
     compile:          layers compiled, and with them the fused loss head
     kernels:          of norms, rotary positions and gated MLPs: PyTorch's operations, or Liger's kernels
+    float8:           the frozen linear layers stored in float8 and multiplied in it; with adapters only
     packing:          short rows put together, which gives every attention but varlen an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
     expandable_segments: segments of CUDA's caching allocator grow
@@ -168,6 +173,7 @@ class Strategy(Value):
     clips_gradients: bool = True
     compile: bool = False
     kernels: Kernels = "torch"
+    float8: bool = False
     packing: bool = False
     activation_offload: bool = False
     expandable_segments: bool = False

@@ -155,6 +155,8 @@ class TrainTable(Table):
     """Whether layers are compiled; auto: dense layers of known families on a GPU."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """Of norms, rotary positions and gated MLPs; auto: Liger's (fitune[liger]) on a GPU where nothing is compiled."""
+    float8: bool = False
+    """Whether LoRA's frozen linear layers are stored and multiplied in float8; needs compute capability 8.9 or more."""
     activation_offload: bool = False
     """Whether what the layers keep for backward waits in host memory; on a GPU only."""
     expandable_segments: bool = False

@@ -89,6 +89,8 @@ def _describe_weights(plan: Plan) -> str:
     stored: str = strategy.weights_dtype
     if strategy.method == "qlora":
         stored = "NF4" + (" with double quantisation" if strategy.double_quantization else "") + f", the rest {stored}"
+    if strategy.float8:
+        stored = f"linear layers in float8, the rest {stored}"
     rounding = ", rounded stochastically" if strategy.rounding == "stochastic" else ""
     adapters = (
         "" if strategy.adapter_dtype is None else f", rank {strategy.adapter_rank} adapters in {strategy.adapter_dtype}"

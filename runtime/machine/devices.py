@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 
 from ...planner.catalog import TRITON_CAPABILITY, find_gpu, make_catalog_device
-from ...planner.rates import make_gpu_rates
+from ...planner.rates import FLOAT8_CAPABILITY, make_gpu_rates
 from ...planner.strategy import Device, DeviceConstant, Rates
 from ...recipes.errors import DeviceError
 from ...recipes.schema import BudgetTable
@@ -162,6 +162,7 @@ def _make_gpu_device(budget: BudgetTable, here: Gpus) -> Device:
         budget_source="free memory of the card" if budget.memory is None else "budget.memory",
         driver=here.driver,
         rates=_find_rates(gpus[0].name),
+        has_float8=all((gpu.compute_capability or (0, 0)) >= FLOAT8_CAPABILITY for gpu in gpus),
         has_liger=has_liger(),
     )
 

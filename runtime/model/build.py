@@ -19,6 +19,7 @@ from ..training.step import TORCH_DTYPES
 from .attention import attend_documents, keep_attention
 from .kernels import use_liger_kernels
 from .linear_4bit import make_compilable
+from .linear_float8 import use_float8
 
 RECOMPILE_LIMIT = 64
 """Graphs of one layer class. Beyond it torch runs the layer eagerly, in more memory than was planned: PyTorch's 8 are
@@ -243,11 +244,13 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def prepare_training(base: Any, strategy: Strategy) -> None:
-    """Checkpointing, kernels and compiled layers, as the strategy says."""
+    """Checkpointing, float8, kernels and compiled layers, as the strategy says."""
     base.config.use_cache = False
     base.train()
     if strategy.checkpointed_layers:
         checkpoint_layers(base, strategy.checkpointed_layers, save_attention=strategy.save_attention)
+    if strategy.float8:
+        use_float8(base)
     if strategy.kernels == "liger":
         use_liger_kernels(base)
     if strategy.compile:

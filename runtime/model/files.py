@@ -31,6 +31,7 @@ WRITTEN_ALIKE: Mapping[str, Any] = {
     "loss_head": "full",
     "compile": False,
     "kernels": "torch",
+    "float8": False,
     "learning_rate": 1.0,
 }
 """What a strategy may differ in without another byte in its files: a search asks for many of them."""

@@ -31,7 +31,7 @@ from .attention import FLASH_MAX_HEAD_DIM
 from .watch import StorageWatch
 
 _aten = torch.ops.aten
-_KERNELS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "sort", "topk"})
+_KERNELS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "convolution", "sort", "topk"})
 """Operations of aten that Inductor leaves to a library, beside attention."""
 RNG_STATE_BYTES = 16
 """State of CUDA's random number generator."""

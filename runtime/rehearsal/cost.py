@@ -18,6 +18,8 @@ WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten:
 """Operations that allocate or look, and start no kernel."""
 PACKED_PRODUCTS = {"bitsandbytes::gemm_4bit": 2, "fitune::multiply_4bit": 2}
 """Products with a packed weight, to the place of its shape among their arguments."""
+TRANSPOSED_PRODUCT = "fitune::multiply_float8"
+"""A product in float8, after its weight was copied to lie transposed."""
 Traffic = tuple[tuple[int | None, int], ...]
 """(number of a storage, bytes) of tensors; None for a storage that was not seen."""
 
@@ -76,12 +78,17 @@ class Ledger:
             return
         if func._overloadpacket in flop_registry:
             kind, flops = "matrix", flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            width = inputs[0].element_size()
         elif name in PACKED_PRODUCTS:
             shape = args[PACKED_PRODUCTS[name]]
             rows = args[0].numel() // args[0].shape[-1]
             flops, weight = 2 * rows * shape[0] * shape[1], width * shape[0] * shape[1]
             # The weight is written in the compute dtype, and read.
             self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=2 * weight, calls=0)))
+            kind = "matrix"
+        elif name == TRANSPOSED_PRODUCT:
+            flops, copied, width = 2 * inputs[0].shape[0] * inputs[2].numel(), 2 * inputs[2].nbytes, 1
+            self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=copied, calls=0)))
             kind = "matrix"
         work = Work(kind=kind, flops=flops, bytes=moved, width=width)
         self.operations.append(Operation(self._mark_of(), name, work, reads, writes))

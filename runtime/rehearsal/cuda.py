@@ -67,6 +67,8 @@ class CudaCard:
             return _gemm_4bit_temporaries(*args)
         if func.name() == "fitune::multiply_4bit":
             return _dequantization(args[2], args[0])
+        if func.name() == "fitune::multiply_float8":
+            return (args[2].nbytes,)
         if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
             return flash_backward_temporaries(*args[1:3])
         if func is torch.ops.aten.embedding_dense_backward.default:

@@ -21,7 +21,7 @@ from .collector import collector_paused
 from .cuda import CudaCard
 from .model import TensorSpec
 from .replay import Replay, keep_highest
-from .states import replay_adapters, replay_clip, replay_optimizer, replay_weights
+from .states import replay_adapters, replay_clip, replay_float8, replay_optimizer, replay_weights
 from .time import time_step
 from .trace import TracedStep, Traces, trace_step
 
@@ -170,6 +170,8 @@ def replay_run(
     model, trainable = traced.model, traced.model.trainable
     replay_weights(replay, model, strategy)
     replay_adapters(replay, model)
+    if strategy.float8:
+        replay_float8(replay, model)
     for step in range(STEPS):
         segments_before = allocator.segments
         logs: list[EventLog] = []

@@ -15,6 +15,7 @@ from ...planner.strategy import Strategy
 from ...recipes.errors import ModelError
 from ..model.build import add_adapters, find_layers, make_quantization, name_attention, prepare_training
 from ..model.linear_4bit import make_compilable
+from ..model.linear_float8 import find_convertible
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
 from .cut import Cut, no_cut, plan_cut
@@ -32,6 +33,7 @@ class TensorSpec:
     rows, columns: of the last two dimensions; columns is elements for a vector
     width:     bytes of an element
     quantized: whether it is stored in NF4 (elements are those of the unpacked weight)
+    float8:    whether it is stored in float8 after it was read in `width` bytes
     trainable: whether the optimizer updates it
     """
 
@@ -41,6 +43,7 @@ class TensorSpec:
     columns: int
     width: int
     quantized: bool = False
+    float8: bool = False
     trainable: bool = False
 
 
@@ -110,7 +113,7 @@ class RehearsalModel:
 def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bool = True) -> RehearsalModel:
     """The model on meta with its adapters, its layers cut to those that are traced; make_fakes() comes next."""
     base = _build_base(config, strategy)
-    weights, tied = _list_weights(base), _find_tied(base)
+    weights, tied = _list_weights(base, strategy), _find_tied(base)
     kinds = _kinds(base)
     plan = plan_cut(kinds, strategy) if cut else no_cut(kinds)
     _cut_layers(base, plan)
@@ -203,8 +206,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
                 yield f"{path}.{name}", module, name, tensor
 
 
-def _list_weights(base: Any) -> tuple[TensorSpec, ...]:
-    return tuple(_make_spec(module, name, tensor) for _, module, name, tensor in _tensors(base))
+def _list_weights(base: Any, strategy: Strategy) -> tuple[TensorSpec, ...]:
+    """The tensors as they are read, and which of them are stored in float8 once adapters have frozen them."""
+    in_float8 = {id(one.weight) for one in find_convertible(base.requires_grad_(False))} if strategy.float8 else set()
+    return tuple(
+        replace(_make_spec(module, name, tensor), float8=id(tensor) in in_float8)
+        for _, module, name, tensor in _tensors(base)
+    )
 
 
 def _find_tied(base: Any) -> TensorSpec | None:

@@ -78,6 +78,22 @@ def replay_adapters(replay: Replay, model: RehearsalModel) -> None:
         replay.free(("made", number))
 
 
+def replay_float8(replay: Replay, model: RehearsalModel) -> None:
+    """runtime.model.linear_float8.use_float8: one weight after the other by way of fp32, then the cache emptied."""
+    for number, spec in enumerate(model.weights):
+        if not spec.float8:
+            continue
+        replay.temporary(spec.elements * spec.width)
+        replay.allocate(("weights", number, "scale"), SCALAR_BYTES, "weights")
+        for part in ("wide", "scaled"):
+            replay.allocate(part, 4 * spec.elements, "temporary")
+        replay.free("wide")
+        replay.allocate(("weights", number, "float8"), spec.elements, "weights")
+        replay.free("scaled")
+        replay.free(("weights", number))
+    replay.allocator.empty_cache()
+
+
 def replay_clip(replay: Replay, trainable: Sequence[TensorSpec]) -> None:
     """clip_grad_norm_: one norm a gradient, through a buffer of one value for each chunk of the largest one."""
     chunks = -(-max(spec.elements for spec in trainable) // FOREACH_CHUNK_ELEMENTS)

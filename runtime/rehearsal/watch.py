@@ -25,7 +25,9 @@ LT_WORKSPACE_BYTES = 2**20
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
 """bitsandbytes' product with a packed weight."""
 _aten = torch.ops.aten
-_MATRIX_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
+_MATRIX_PRODUCTS = frozenset(
+    {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._scaled_mm.default}
+)
 _LAST_FIRST = frozenset({_aten.native_dropout.default})
 """Operations whose CUDA kernels allocate their results from the last to the first: dropout its mask (Dropout.cu)."""
 

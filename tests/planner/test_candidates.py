@@ -17,11 +17,11 @@ from fitune.planner.candidates import (
     list_settings,
     list_strategies,
 )
-from fitune.planner.catalog import list_models
+from fitune.planner.catalog import find_gpu, list_models, make_catalog_device
 from fitune.planner.shape import ModelShape, make_shape
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import PlanError
-from fitune.recipes.schema import Recipe
+from fitune.recipes.schema import BudgetTable, Recipe
 
 H100, T4, V100 = make_gpu("H100 80GB"), make_gpu("T4"), make_gpu("V100 16GB")
 SHAPE = find_shape("llama-3.2-1b")
@@ -294,3 +294,28 @@ def test_every_model_of_the_catalog_of_a_family_that_liger_knows_can_have_its_ke
         kernels = {one for _, one in pair_kernels(with_liger, shape, compile=False)}
         is_able = shape.model_type in LIGER_ACTIVATIONS and not model.name.startswith(("gemma-2b", "gemma-7b"))
         assert kernels == {"liger" if is_able else "torch"}, model.name
+
+
+@pytest.mark.parametrize("gpu", ["H100 80GB", "B200", "L4", "RTX 4090"])
+def test_float8_is_for_adapters_of_cards_that_multiply_in_it(gpu: str) -> None:
+    tables, device = {"train": {"float8": True}}, make_catalog_device(find_gpu(gpu), BudgetTable())
+    assert {one.float8 for one in list_all(tables, device, "lora")} == {True}
+    for method, why in (("full", "no frozen weights"), ("qlora", "in NF4 already")):
+        with pytest.raises(PlanError, match=why):
+            list_all(tables, device, method)
+    with pytest.raises(PlanError, match=r'leave model.dtype = "fp32" out'):
+        list_all({**tables, "model": {"id": "llama-3.2-1b", "dtype": "fp32"}}, device, "lora")
+    with pytest.raises(PlanError, match="dense models of known families, and this one is a mixtral"):
+        list(list_strategies(recipe_with(**tables), device, "lora", find_shape("mixtral-8x7b")))
+
+
+@pytest.mark.parametrize(
+    "device", [make_catalog_device(find_gpu("A100 80GB"), BudgetTable()), CPU], ids=["A100", "cpu"]
+)
+def test_float8_is_refused_where_there_are_no_such_products(device: Device) -> None:
+    with pytest.raises(PlanError, match=r"train.float8: .* compute capability 8.9 or more"):
+        list_all({"train": {"float8": True}}, device, "lora")
+
+
+def test_float8_is_never_chosen_by_itself() -> None:
+    assert not any(one.float8 for method in ("full", "lora", "qlora") for one in list_all({}, H100, method))

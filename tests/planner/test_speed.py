@@ -42,6 +42,19 @@ def test_an_fp32_product_is_slower_than_a_16_bit_one() -> None:
     assert estimate_operation_seconds(full, RATES) > 10 * estimate_operation_seconds(half, RATES)
 
 
+def test_a_float8_product_is_twice_as_fast_on_the_cards_that_have_them() -> None:
+    half, float8 = (Work(kind="matrix", flops=1e12, width=width) for width in (2, 1))
+    for gpu in ("H100 80GB", "B200", "L4"):
+        rates = make_gpu_rates(find_gpu(gpu))
+        assert estimate_operation_seconds(float8, rates) == pytest.approx(estimate_operation_seconds(half, rates) / 2)
+    assert make_gpu_rates(find_gpu("A100 80GB")).float8_flops is None
+
+
+def test_frozen_layers_in_float8_pay_where_what_quantises_is_compiled() -> None:
+    assert time_of(compile=True, float8=True).seconds < 0.9 * time_of(compile=True).seconds
+    assert time_of(kernels="liger", float8=True).seconds > time_of(kernels="liger").seconds
+
+
 def test_attention_reaches_its_published_rate_on_long_rows_and_half_of_it_on_short_ones() -> None:
     def rate(sequence: int) -> float:
         work = Work(kind="attention", flops=1e15, head_dim=128, sequence=sequence)

@@ -64,6 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "loss_head": "auto",
         "compile": "auto",
         "kernels": "auto",
+        "float8": False,
         "activation_offload": False,
         "expandable_segments": False,
         "eval_every": None,

@@ -13,7 +13,7 @@ from test_rehearsal import LLAMA, list_sizes, make_strategy, predict, trace
 from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
 
 DATA = Path(__file__).parents[1] / "data"
-LEVERS = load_rows(DATA / "h100_speed_levers.jsonl", DATA / "architectures.json")
+LEVERS = list(load_rows(DATA / "h100_speed_levers.jsonl", DATA / "architectures.json"))
 ROWS = [(row, config) for row, config in LEVERS if row["compile_layers"] and not row.get("compile_whole_model")]
 LIGER_ROWS = [(row, config) for row, config in LEVERS if row["liger_layers"]]
 KEPT_WEIGHTS = "llama-3.1-8b-qlora-adamw_torch_fused-b2s4096-ckpt-chunked-compile"
