@@ -103,6 +103,7 @@ def list_advice(
         if length is not None:
             texts.append(f"data.max_length = {length} would fit")
         texts += _advise_keys(recipe, device, shape, data.longest_row_tokens)
+        texts += _advise_backward(recipe, device, shape, data.longest_row_tokens)
         texts += _advise_method(recipe, device, shape, data.longest_row_tokens)
         texts += _advise_device(device, strategy, memory.required_bytes)
     texts += _advise_time(recipe, speed)
@@ -140,6 +141,22 @@ def _advise_keys(recipe: Recipe, device: Device, shape: ModelShape, length: int)
     return [f'{" and ".join(f"train.{key}" for key in fixed)} = "auto" would fit']
 
 
+def _advise_backward(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> list[str]:
+    """The optimizer in backward, where full fine-tuning is wanted and would fit with it: clipping is in its way."""
+    train = recipe.train
+    if "full" not in recipe.method.tried or train.max_grad_norm == "off" or train.optimizer_in_backward is False:
+        return []
+    changes = {"max_grad_norm": "off", "optimizer_in_backward": True, "micro_batch_size": "auto"}
+    freed = recipe.model_copy(update={"train": train.model_copy(update=changes)})
+    least = _find_least_bytes(freed, device, shape, "full", length)
+    if least is None or least > device.budget_bytes:
+        return []
+    return [
+        'without clipping (train.max_grad_norm = "off") train.optimizer_in_backward = true would fit: it needs '
+        f"{format_bytes(least)} or more"
+    ]
+
+
 def _advise_method(recipe: Recipe, device: Device, shape: ModelShape, length: int) -> list[str]:
     """The first adapter method that the recipe leaves out and that would fit, with what it needs."""
     for method in ADAPTER_METHODS:
@@ -155,10 +172,10 @@ def _find_least_bytes(recipe: Recipe, device: Device, shape: ModelShape, method:
         strategies = list(list_strategies(recipe, device, method, shape))
     except PlanError:
         return None
-    return min(
-        estimate_memory(shape, one, device, sequence_length=length, merge=recipe.output.merge).required_bytes
-        for one in strategies
+    measured = (
+        estimate_memory(shape, one, device, sequence_length=length, merge=recipe.output.merge) for one in strategies
     )
+    return min((memory.required_bytes for memory in measured), default=None)
 
 
 def _advise_device(device: Device, strategy: Strategy, required_bytes: int) -> list[str]:

@@ -174,21 +174,27 @@ def make_plan(
     length = inputs.data.longest_row_tokens
     quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
     exact = None if measure is None else _complete(measure, inputs)
-    timer = Timer(
-        recipe,
-        device,
-        quick=make_closed_form_clock(shape, device, length),
-        exact=clock,
-        steps=count_planned_steps(recipe, inputs.data.rows),
-        weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
-        data=inputs.data,
-    )
+    timer = make_timer(inputs, clock)
     if inputs.like is None:
         methods = walk_methods(recipe, device, shape)
     else:
         methods = iter([find_alike(recipe, device, shape, like=inputs.like)])
     found = search(methods, device, timer=timer, quick=quick, exact=exact)
     return _write_plan(inputs, found, timer, with_reasons=with_reasons)
+
+
+def make_timer(inputs: PlanInputs, clock: Clock | None) -> Timer:
+    """What candidates are timed by; clock: a rehearsal's, None for closed forms alone."""
+    recipe, shape = inputs.recipe_file.recipe, inputs.shape
+    return Timer(
+        recipe,
+        inputs.device,
+        quick=make_closed_form_clock(shape, inputs.device, inputs.data.longest_row_tokens),
+        exact=clock,
+        steps=count_planned_steps(recipe, inputs.data.rows),
+        weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
+        data=inputs.data,
+    )
 
 
 def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length: int, *, merge: bool) -> Measure:

@@ -8,13 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks import gpu
+from benchmarks import gpu, search
 from benchmarks.gpu_cases import CASES, Case, run_apart
 from benchmarks.gpu_check import list_results
 from benchmarks.gpu_table import compare_curves, list_comparisons
+from fitune.planner.search import Family
+from fitune.planner.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
+PLAIN = Strategy(
+    method="lora",
+    weights_dtype="bf16",
+    compute_dtype="bf16",
+    micro_batch_size=1,
+    gradient_accumulation_steps=1,
+    checkpointed_layers=0,
+    loss_head="full",
+    optimizer="adamw",
+    learning_rate=1e-4,
+)
 
 
 def run_script(module: str, *arguments: str) -> dict[str, object]:
@@ -112,3 +127,37 @@ def test_results_of_tests_are_lines_with_the_reason_of_a_failure(tmp_path: Path)
         "FAILED  (2.0 s) b b: assert 1 == 2",
         "skipped (0.0 s) c",
     ]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(1, 40), st.integers(0, 8)), min_size=1, max_size=6),
+    st.integers(0, 100),
+)
+def test_the_exhaustive_search_finds_what_trying_every_candidate_finds(
+    made: list[tuple[int, int, int]], budget: int
+) -> None:
+    """Families of made-up time and memory; each layer that is checkpointed takes time and spares memory."""
+    families = [
+        Family(fewest=PLAIN.model_copy(update={"adapter_rank": number + 1}), most=8) for number in range(len(made))
+    ]
+
+    def time_run(one: Strategy) -> float:
+        seconds, _, slope = made[(one.adapter_rank or 1) - 1]
+        return seconds + one.checkpointed_layers * (slope + 1) / 10
+
+    def fits(one: Strategy) -> bool:
+        _, size, slope = made[(one.adapter_rank or 1) - 1]
+        return 3 * size - one.checkpointed_layers * slope <= budget
+
+    every = [family.with_layers(layers) for family in families for layers in range(9)]
+    expected = min((time_run(one) for one in every if fits(one)), default=None)
+    found = search.find_best(families, fits, time_run, deadline=float("inf"))
+    assert found.seconds == expected and found.finished
+    assert (found.strategy is None) == (expected is None)
+
+
+@pytest.mark.slow
+def test_the_search_finds_nearly_the_best_of_all_candidates() -> None:
+    result = run_script("benchmarks.search", "--jobs", "1b-full", "--minutes", "3")
+    (row,) = result["rows"]  # type: ignore[misc]
+    assert row["fits"] and row["ratio"] < search.MOST_RATIO

@@ -454,3 +454,34 @@ def test_a_candidate_that_breaks_two_budgets_is_measured_by_the_worse() -> None:
     assert find_shape("llama-3.1-8b").parameters == plan.parameters.total
     assert len(plan.advice) >= 2
     assert any(text.startswith("disk: ") for text in plan.advice)
+
+
+def test_where_the_gradients_are_too_much_the_optimizer_in_backward_is_advised() -> None:
+    device = H100.model_copy(update={"budget_bytes": 44 * GiB})
+    tables = LLAMA_8B | {"method": {"kind": "full"}, "train": {"global_batch_size": 1, "optimizer": "adamw_8bit"}}
+    plan = plan_for(tables, device)
+    (text,) = [text for text in plan.advice if "optimizer_in_backward" in text]
+    assert not plan.fits and text.startswith('without clipping (train.max_grad_norm = "off")')
+    tables["train"] |= {"max_grad_norm": "off"}
+    plan = plan_for(tables, device)
+    assert plan.fits and plan.strategy.optimizer_in_backward
+    tables["train"] |= {"optimizer_in_backward": True}
+    assert plan_for(tables, H100.model_copy(update={"budget_bytes": 8 * GiB})).advice
+
+
+@pytest.mark.parametrize("gib", [24, 28, 32, 40, 44, 60])
+def test_smaller_optimizer_states_buy_fewer_checkpointed_layers_where_that_is_faster(gib: int) -> None:
+    """The fastest wins; of equally fast ones, which are within 2 %, the more exact states."""
+    device = H100.model_copy(update={"budget_bytes": gib * GiB})
+
+    def plan_with(optimizer: str) -> Plan:
+        train = {"optimizer": optimizer, "global_batch_size": 4, "max_steps": 1000}
+        model = {"id": "llama-3.2-1b", "dtype": "fp32"}
+        return plan_for({"model": model, "method": {"kind": "full"}, "train": train}, device)
+
+    exact, narrow, auto = (plan_with(name) for name in ("adamw", "adamw_8bit", "auto"))
+    seconds = [plan.speed.step_seconds for plan in (exact, narrow) if plan.fits and plan.speed is not None]
+    assert narrow.strategy.checkpointed_layers <= exact.strategy.checkpointed_layers
+    wins = exact.fits and seconds[0] <= 1.02 * min(seconds)
+    assert auto.fits and auto.strategy == (exact if wins else narrow).strategy
+    assert wins == (gib >= 40)

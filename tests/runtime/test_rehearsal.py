@@ -18,10 +18,11 @@ from fitune.planner.shape import make_shape
 from fitune.planner.strategy import Device, DeviceConstant, Strategy
 from fitune.recipes.errors import ModelError
 from fitune.recipes.schema import BudgetTable
+from fitune.runtime.model import build
 from fitune.runtime.rehearsal.accuracy import compare, load_rows, make_device
 from fitune.runtime.rehearsal.cuda import CudaCard
 from fitune.runtime.rehearsal.layers import Segment
-from fitune.runtime.rehearsal.measure import Rehearsal, count_unsure, rehearse
+from fitune.runtime.rehearsal.measure import Rehearsal, count_unsure, rehearse, replay_run
 from fitune.runtime.rehearsal.time import list_works
 from fitune.runtime.rehearsal.trace import RecordedStep, TracedStep, Traces, record_step, trace_step
 from fitune.runtime.rehearsal.watch import WORKSPACES
@@ -161,6 +162,33 @@ def test_updates_in_backward_spare_all_gradients_but_a_layers_and_the_heads(opti
 def find_peak(traced: TracedStep) -> int:
     """The most that is live at one time."""
     return max(accumulate(list_sizes(traced)))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_no_other_half_of_the_layers_needs_less_when_checkpointed_than_the_first_one(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Every other one, or the last half: as much at the loss head, as much or more in backward."""
+    config, layers = LLAMA | {"num_hidden_layers": 8}, range(8)
+    strategy, real = make_strategy(method, checkpointed_layers=4, loss_head="fused"), build.checkpoint_layers
+
+    def peaks_with(chosen: Sequence[int]) -> dict[str, int]:
+        def checkpoint(base: Any, count: int, **options: Any) -> None:
+            real(base, len(layers), **options)
+            for index, layer in enumerate(build.find_layers(base)):
+                vars(layer)["gradient_checkpointing"] = index in chosen
+
+        monkeypatch.setattr(build, "checkpoint_layers", checkpoint)
+        traced = record_step(config, strategy, CudaCard(), sequence_length=512, cut=False).extend()
+        return {
+            name: peak.allocated_bytes for name, peak in replay_run(traced, strategy, limit_bytes=None).peaks.items()
+        }
+
+    first, *others = (peaks_with(chosen) for chosen in (layers[:4], layers[::2], layers[4:]))
+    for other in others:
+        assert first["forward"] <= other["forward"] * 1.005
+        assert first["backward"] <= other["backward"] * 1.005
+    assert first["backward"] < 0.97 * others[-1]["backward"]
 
 
 @pytest.mark.parametrize("layers", [1, 6, 8, 13, 15])
