@@ -30,6 +30,7 @@ from fitune.planner.search import Family, count_shortfall, walk_methods
 from fitune.planner.show.reasons import describe_strategy
 from fitune.planner.strategy import Strategy
 from fitune.runtime.planning import Job
+from fitune.runtime.rehearsing import Rehearsals
 
 MOST_RATIO = 1.10
 """Of the choice's time to the best one's: beyond, the search is at fault."""
@@ -130,7 +131,7 @@ def compare_job(name: str, folder: Path, *, deadline: float) -> dict[str, Any]:
     path.write_text("\n".join(['data.train = "rows.jsonl"', *JOBS[name], *COMMON]) + "\n", encoding="utf-8")
     job = Job(str(path))
     inputs = job.find_inputs(quick=False)
-    measure, clock = job.find_rehearsal(inputs)
+    measure, clock = Rehearsals().find(job.source.config, inputs)
     assert measure is not None, "a rehearsal needs torch"
     start = time.monotonic()
     plan = make_plan(inputs, measure, clock, with_reasons=False)
