@@ -107,12 +107,14 @@ class DataFacts(Value):
     rows:            training rows, None where the dataset is not there
     longest_row_tokens: tokens of the longest row after truncation, at most `data.max_length`
     row_tokens:      tokens of some rows that stand for all, shortest first; None where they are not known
+    documents_per_row: the most documents of a packed row, its padding as one; None where they are not known
     source:          a phrase for people: `tokenised` or why max_length is assumed
     """
 
     rows: int | None = None
     longest_row_tokens: int = Field(ge=1)
     row_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
+    documents_per_row: int | None = Field(default=None, ge=1)
     source: str
 
 

@@ -117,6 +117,9 @@ class Job:
             rows=self.data.train.epoch_rows,
             longest_row_tokens=width,
             row_tokens=None if recipe.data.packing else pick_row_tokens(self.data.train.rows),
+            documents_per_row=max(
+                (len(row.documents) + 1 for row in self.data.train.rows if row.documents), default=None
+            ),
             source="the longest row, tokenised",
         )
 

@@ -27,7 +27,7 @@ class Rehearsals:
     """Rehearsals of the step; those of the same model on rows of the same length share their traces."""
 
     def __init__(self) -> None:
-        self._traces: dict[tuple[str, int], Traces] = {}
+        self._traces: dict[tuple[str, int, int | None], Traces] = {}
 
     def find(self, config: Mapping[str, Any], inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
@@ -47,9 +47,10 @@ class Rehearsals:
     def _find_traces(self, config: Mapping[str, Any], inputs: PlanInputs) -> Traces:
         from .rehearsal.trace import Traces
 
-        length = inputs.data.longest_row_tokens
-        key = json.dumps(config, sort_keys=True, default=str), length
-        traces = self._traces.pop(key, None) or Traces(config, sequence_length=length)
+        length, documents = inputs.data.longest_row_tokens, inputs.data.documents_per_row
+        key = json.dumps(config, sort_keys=True, default=str), length, documents
+        traces = self._traces.pop(key, None)
+        traces = traces or Traces(config, sequence_length=length, documents_per_row=documents)
         self._traces[key] = traces
         while len(self._traces) > TRACES_KEPT:
             del self._traces[next(iter(self._traces))]

@@ -190,8 +190,13 @@ def _list_starts(lengths: Sequence[int]) -> Tensor:
     import torch
 
     starts = [0, *accumulate(length for length in lengths if length)]
-    spare = -len(starts) % STARTS_MULTIPLE
+    spare = count_starts(len(starts) - 1) - len(starts)
     return torch.tensor(starts + [starts[-1]] * spare, dtype=torch.int32)
+
+
+def count_starts(documents: int) -> int:
+    """Entries of a micro-batch's document_starts: ceil((documents + 1) / STARTS_MULTIPLE) * STARTS_MULTIPLE."""
+    return -(-(documents + 1) // STARTS_MULTIPLE) * STARTS_MULTIPLE
 
 
 def padded_width(longest_row_tokens: int, *, max_length: int) -> int:

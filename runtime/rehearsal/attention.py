@@ -5,6 +5,9 @@ Sizes from aten/src/ATen/native/transformers/cuda of PyTorch: attention_backward
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from math import ceil
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, library
 from .cost import current_ledger
 
 FLASH_MAX_HEAD_DIM = 256
+_documents: ContextVar[int | None] = ContextVar("documents of a micro-batch", default=None)
 EFFICIENT_MAX_KEPT_HEAD_DIM = 128
 """Up to this head size the efficient kernel keeps its fp32 accumulators in registers."""
 
@@ -125,9 +129,9 @@ class _Flash(torch.autograd.Function):
         batch, heads, rows, width = query.shape
         grad, out = grads[0].transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous()
         parts = [torch.empty_like(one.transpose(1, 2)) for one in (query, key, value)]
-        rounded, columns = 128 * ceil(rows / 128), _round_head(width)
-        delta = torch.empty(batch, heads, rounded, dtype=torch.float32)
-        accumulated = torch.empty(batch, rounded, heads, columns, dtype=torch.float32)
+        total, columns = _count_backward_rows(batch, rows), _round_head(width)
+        delta = torch.empty(heads, total, dtype=torch.float32)
+        accumulated = torch.empty(total, heads, columns, dtype=torch.float32)
         expanded = []
         if key.shape[1] != heads:
             expanded = [torch.empty(batch, key.shape[2], heads, width, dtype=query.dtype) for _ in range(2)]
@@ -139,9 +143,26 @@ class _Flash(torch.autograd.Function):
 def flash_backward_temporaries(query: Tensor, key: Tensor) -> tuple[int, ...]:
     """Bytes that FlashAttention-2's backward allocates beside its results, as in _Flash.backward."""
     batch, heads, rows, width = query.shape
-    rounded = 128 * ceil(rows / 128)
+    total = _count_backward_rows(batch, rows)
     expanded = (batch * key.shape[2] * heads * width * query.element_size(),) * 2 if key.shape[1] != heads else ()
-    return 4 * batch * heads * rounded, 4 * batch * rounded * heads * _round_head(width), *expanded
+    return 4 * heads * total, 4 * total * heads * _round_head(width), *expanded
+
+
+@contextlib.contextmanager
+def known_documents(count: int | None) -> Iterator[None]:
+    """Inside, attention is that of `count` documents in a micro-batch, empty ones among them; None: of whole rows."""
+    token = _documents.set(count)
+    try:
+        yield
+    finally:
+        _documents.reset(token)
+
+
+def _count_backward_rows(batch: int, rows: int) -> int:
+    """Rows of backward's sums in fp32: batch * ceil(rows / 128) * 128, or of documents batch * rows + 128 * documents,
+    so that each has a block to spare (mha_bwd, mha_varlen_bwd in flash_api.cpp)."""
+    documents = _documents.get()
+    return batch * 128 * ceil(rows / 128) if documents is None else batch * rows + 128 * documents
 
 
 def _round_head(width: int) -> int:

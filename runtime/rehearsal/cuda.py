@@ -164,8 +164,7 @@ def cuda_semantics() -> Iterator[None]:
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float | None, __: Any) -> Tensor:
-    """FlashAttention's kernel for many lengths allocates what the one for rows does, as long as documents are not
-    shorter than 128 tokens: each then adds up to 127 rows to backward's sums in fp32."""
+    """FlashAttention's kernel for many lengths, which allocates what the one for rows does, but for backward's sums."""
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
 
