@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from accuracy_page import METHODS, PANELS, STYLE
 
@@ -17,29 +17,49 @@ SIDE = 300
 """Width and height of a panel, in the picture's units."""
 BAND = 0.10
 """Share by which the shaded band is wide on either side of the diagonal."""
-LIMITS = {"all": "all", "device": "that wait for the device", "host": "that wait for the host, in part or in all"}
+PARTS: dict[str, Callable[[TimedRow], bool]] = {
+    "all over 0.5 s": lambda row: row.is_long,
+    "over 0.5 s, without a pause": lambda row: row.is_long and not row.is_late,
+    "of them, that wait for the device": lambda row: row.is_long and not row.is_late and row.limit == "device",
+    "of them, that wait for the host, in part or in all": lambda row: (
+        row.is_long and not row.is_late and row.limit != "device"
+    ),
+    "up to 0.5 s": lambda row: not row.is_long,
+}
+"""Which rows a line of the summary is about."""
 
 
 def make_speed_parts(rows: Sequence[TimedRow]) -> dict[str, str]:
     """The page's parts by name."""
-    long = sorted((row for row in rows if row.is_long), key=lambda row: row.measured_seconds)
+    rows = sorted(rows, key=lambda row: row.measured_seconds)
     return {
-        "summary": _make_summary(long),
-        "host": "\n".join(f"- {line}" for line in render_host_cost(long)),
-        "rows": _make_table(long),
-        "levers": _make_table(sorted((row for row in rows if not row.is_long), key=lambda row: row.measured_seconds)),
+        "summary": _make_summary(rows),
+        "host": "\n".join(f"- {line}" for line in render_host_cost(rows)),
+        "late": _make_late([row for row in rows if row.is_late]),
+        "rows": _make_table([row for row in rows if row.is_long]),
+        "short": _make_table([row for row in rows if not row.is_long]),
     }
 
 
 def _make_summary(rows: Sequence[TimedRow]) -> str:
-    """Both estimators' spread: over all rows, and by what they wait for."""
-    lines = ["| steps over 0.5 s | rows | | median | 95 % within | worst |", "|---|---|---|---|---|---|"]
-    for limit, words in LIMITS.items():
-        part = [row for row in rows if limit == "all" or (row.limit == "device") == (limit == "device")]
+    """Both estimators' spread over parts of the rows."""
+    lines = ["| steps | rows | | median | 95 % within | worst |", "|---|---|---|---|---|---|"]
+    for words, is_part in PARTS.items():
+        part = [row for row in rows if is_part(row)]
         for estimator, name in PANELS.items():
             spread = make_spread(row.error(estimator) for row in part)
             shares = " | ".join(f"{100 * share:.1f} %" for share in spread)
             lines.append(f"| {words} | {len(part)} | {name} | {shares} |")
+    return "\n".join(lines)
+
+
+def _make_late(rows: Sequence[TimedRow]) -> str:
+    """By how much a row is late."""
+    lines = ["| row | measured | rehearsed | longer by |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.id} | {row.measured_seconds:.3f} s | {row.rehearsed.seconds:.3f} s | {row.late_seconds:.2f} s |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -126,7 +126,8 @@ def _advise_time(recipe: Recipe, speed: Speed | None) -> list[str]:
     if hours is None or speed is None or speed.total_seconds is None or speed.total_seconds <= 3600 * hours:
         return []
     takes = f"the closest candidate takes {format_seconds(speed.total_seconds)}"
-    steps = int((3600 * hours - speed.startup_seconds) / speed.step_seconds)
+    beside = sum(part.seconds for part in speed.parts if part.name != "train")
+    steps = int((3600 * hours - beside) / speed.step_seconds)
     return [takes + (f": train.max_steps = {steps} would fit budget.max_hours" if steps >= 1 else "")]
 
 

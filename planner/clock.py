@@ -8,22 +8,27 @@ from math import ceil
 
 from ..recipes.schema import Recipe
 from .catalog import find_gpu
+from .memory import Memory
 from .rates import OPERATION_SECONDS, make_gpu_rates
+from .run_time import RunFacts, estimate_run_parts, estimate_startup_parts
 from .shape import ModelShape
-from .speed import PhaseTime, Speed, StepTime, estimate_phase_time, join_phases, make_speed, make_step_time, shorten
+from .speed import (
+    PhaseTime,
+    RunPart,
+    Speed,
+    StepTime,
+    estimate_phase_time,
+    join_phases,
+    make_speed,
+    make_step_time,
+    shorten,
+)
 from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work, host_waits
 from .strategy import DataFacts, Device, Rates, Strategy
 
 Clock = Callable[[Strategy], StepTime]
 """Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step."""
 
-LOAD_BYTES_PER_SECOND = 1.5e9
-"""At which weights are read from a local disk and brought to the device; a guess."""
-COMPILE_SECONDS = 30.0
-"""Of compiling one kind of layer, forward and backward, where no cache has it; a guess, not measured."""
-LIGER_SECONDS = 2.0
-"""Of compiling Liger's kernels where no cache has them: 1.9 s for the six of Llama-3.1-8B and compute capability 9.0,
-measured on one core of a CPU with Triton 3.9."""
 WIDTH_MULTIPLE = 8
 """Micro-batches are padded to a multiple of so many tokens."""
 ASSUMED_STEPS = 1000
@@ -125,6 +130,9 @@ class Timer:
     ) -> None:
         self.steps, self._quick, self._exact, self._data = steps, quick, exact, data
         self._device, self._weight_file_bytes = device, weight_file_bytes
+        self._facts: RunFacts | None = None
+        if steps is not None:
+            self._facts = RunFacts(recipe=recipe, data=data, steps=steps, weight_file_bytes=weight_file_bytes)
         self._price_per_hour, hours = recipe.budget.price_per_hour, recipe.budget.max_hours
         self.limit_seconds = None if hours is None else 3600 * hours
 
@@ -155,25 +163,35 @@ class Timer:
 
     def estimate_startup_seconds(self, strategy: Strategy) -> float:
         """Reading the weights, and compiling layers or kernels."""
-        compiling = COMPILE_SECONDS if strategy.compile else LIGER_SECONDS if strategy.kernels == "liger" else 0.0
-        return self._weight_file_bytes / LOAD_BYTES_PER_SECOND + compiling
+        return sum(part.seconds for part in estimate_startup_parts(strategy, self._weight_file_bytes))
 
     def rank_seconds(self, strategy: Strategy, time: StepTime) -> float:
-        """What candidates are compared by: the whole run, or one of ASSUMED_STEPS where its length is not known."""
+        """What candidates are compared by: startup and all steps, or ASSUMED_STEPS where their number is not known."""
         return self.estimate_startup_seconds(strategy) + (self.steps or ASSUMED_STEPS) * time.seconds
 
-    def find_late_seconds(self, strategy: Strategy, time: StepTime) -> float:
-        """By how much a run misses `budget.max_hours`; 0 where there is no limit, or no telling."""
+    def find_late_seconds(self, strategy: Strategy, time: StepTime, memory: Memory | None = None) -> float:
+        """By how much a run misses `budget.max_hours`; 0 where there is no limit, or no telling.
+
+        memory: of the strategy; without it evaluations and files do not count
+        """
         if self.limit_seconds is None or self.steps is None or self._device.rates is None:
             return 0.0
-        return self.rank_seconds(strategy, time) - self.limit_seconds
+        if memory is None:
+            return self.rank_seconds(strategy, time) - self.limit_seconds
+        return sum(part.seconds for part in self.list_parts(strategy, time, memory)) - self.limit_seconds
 
     def is_hopeless(self, strategy: Strategy) -> bool:
         """Whether a run is so late by closed forms that no rehearsal would save it."""
         late = self.find_late_seconds(strategy, self.estimate(strategy))
         return late > UNSURE_SHARE * (self.limit_seconds or 0.0)
 
-    def make_speed(self, strategy: Strategy, time: StepTime) -> Speed | None:
+    def list_parts(self, strategy: Strategy, time: StepTime, memory: Memory) -> tuple[RunPart, ...]:
+        """The parts of the run; empty where the number of its steps or the device's rates are not known."""
+        if self._facts is None or self._device.rates is None:
+            return ()
+        return estimate_run_parts(self._facts, strategy, time, self._device.rates, memory)
+
+    def make_speed(self, strategy: Strategy, time: StepTime, memory: Memory) -> Speed | None:
         """The run's speed; None where the device's rates are not known."""
         if self._device.rates is None:
             return None
@@ -182,5 +200,6 @@ class Timer:
             self._device,
             steps=self.steps,
             startup_seconds=self.estimate_startup_seconds(strategy),
+            parts=self.list_parts(strategy, time, memory),
             price_per_hour=self._price_per_hour,
         )

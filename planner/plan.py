@@ -21,6 +21,7 @@ from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
 from .memory import Estimator, Memory
+from .run_time import count_evaluations
 from .search import Candidate, Found, Measure, find_alike, list_budgets, search, walk_methods
 from .shape import ModelShape
 from .show.reasons import describe_lateness, describe_rejection, find_largest_term
@@ -211,7 +212,7 @@ def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
     """The measure, with RAM and files by phase."""
     recipe, shape, length = inputs.recipe_file.recipe, inputs.shape, inputs.data.longest_row_tokens
     steps = count_planned_steps(recipe, inputs.data.rows)
-    counts = list_checkpoint_counts(recipe.output, steps, _count_evaluations(recipe, steps))
+    counts = list_checkpoint_counts(recipe.output, steps, count_evaluations(recipe, steps))
     beside_bytes = estimate_beside_weights(shape.vocab_size, inputs.tokenizer_bytes)
 
     def complete(strategy: Strategy) -> Memory:
@@ -242,12 +243,6 @@ def _choose_files(options: list[RunFiles], device: Device) -> RunFiles:
     return next((files for files in options if disk is None or files.total_bytes <= disk), options[-1])
 
 
-def _count_evaluations(recipe: Recipe, steps: int | None) -> int:
-    """Between the first and the last step."""
-    every = recipe.train.eval_every
-    return 0 if every is None or steps is None else max(steps - 1, 0) // every
-
-
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:
     """A model with learned positions has no embedding for a longer row."""
     longest = shape.max_positions
@@ -261,7 +256,7 @@ def _write_plan(inputs: PlanInputs, found: Found, timer: Timer, *, with_reasons:
     recipe_file, shape, strategy = inputs.recipe_file, inputs.shape, found.closest.strategy
     recipe, data, memory = recipe_file.recipe, inputs.data, found.closest.memory
     losers = tuple(_reject(one, inputs, timer) for one in found.rejected) if with_reasons else ()
-    speed = timer.make_speed(strategy, found.closest.time)
+    speed = timer.make_speed(strategy, found.closest.time, memory)
     advice: tuple[str, ...] = ()
     if with_reasons and not found.closest.fits:
         advice = list_advice(recipe, inputs.device, shape, strategy, memory, data, speed)
@@ -338,11 +333,11 @@ def _reject(candidate: Candidate, inputs: PlanInputs, timer: Timer) -> Rejected:
             strategy=candidate.strategy,
             needed_bytes=candidate.memory.required_bytes,
             budget_bytes=candidate.memory.budget_bytes,
-            needed_seconds=candidate.seconds,
+            needed_seconds=candidate.late_seconds + (timer.limit_seconds or 0.0),
             budget_seconds=timer.limit_seconds,
             component="time",
             reason=describe_lateness(
-                candidate.seconds,
+                candidate.late_seconds + (timer.limit_seconds or 0.0),
                 timer.limit_seconds or 0.0,
                 step_seconds=candidate.time.seconds,
                 startup_seconds=timer.estimate_startup_seconds(candidate.strategy),

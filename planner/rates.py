@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from .strategy import Rates
+from .strategy import Optimizer, Rates
 
 if TYPE_CHECKING:
     from .catalog import CatalogGpu
+
+HostWork = Literal["operation", "view", "engine", "engine_view", "module", "adapter", "function", "hook"]
+"""What the host does: an operation that Python calls, one that only looks at a tensor otherwise, the same two started
+by autograd's engine in backward; a call of a module, of a LoRA layer beside it, of an autograd function written in
+Python, of a hook on a saved tensor."""
 
 MATRIX_SHARE = 0.76
 """Of the dense matrix rate that large products reach: 711 to 791 of 989 TFLOP/s measured on Llama-3.1-8B's shapes."""
@@ -27,9 +32,36 @@ HOST_SHARE = 0.80
 """Of PCIe's nominal rate that copies of pinned memory reach: 25 of 31.5 GB/s is usual. Not measured here."""
 UNKNOWN_HOST_GB_PER_SECOND = 15.75
 """PCIe 3.0 x16, for cards of which it is not known."""
-OPERATION_SECONDS = 38e-6
-"""Host time of an operation of eager PyTorch with transformers and peft, views included: Python, autograd, launch. The
-one constant that is fitted: the median of the measured steps that wait for the host (docs/accuracy.md)."""
+OPERATION_SECONDS = 19.3e-6
+"""Host time of an operation of eager PyTorch that Python calls. The one constant of host work that is fitted, the
+middle of the measured steps that wait for the host (docs/speed.md): 2.6 times what the CPU took that HOST_PRICES are
+from."""
+HOST_PRICES: dict[HostWork, float] = {
+    "operation": 1.0,
+    "view": 0.0,
+    "engine": 0.95,
+    "engine_view": 0.35,
+    "module": 3.5,
+    "adapter": 1.5,
+    "function": 13.9,
+    "hook": 1.4,
+}
+"""What the host does for a step, in units of an operation that Python calls. Measured on a CPU: processor time of 204
+forwards and backwards of 15 architectures, cut to 4 layers and 64 features so that nothing computes for long, against
+how often a rehearsal counts each kind; least squares. An operation was 7.5 microseconds there; half of the 204 are met
+within 13 %. The price of a module has the Python of its forward in it."""
+CLIP_CALLS = 1.5
+"""In the same units, of a tensor in gradient clipping; measured the same way, as are those of an update."""
+UPDATE_CALLS: dict[Optimizer, float] = {
+    "adamw": 1.6,
+    "adamw_32bit": 4.2,
+    "paged_adamw": 4.2,
+    "adamw_8bit": 4.2,
+    "paged_adamw_8bit": 4.2,
+    "adafactor": 8.7,
+}
+"""Of a tensor in an update: torch's AdamW takes all at once, bitsandbytes goes through them in Python (its kernels left
+out of the measurement) and waits for the device after each, Adafactor starts ten operations for each."""
 KERNEL_SECONDS = 2.5e-6
 """The shortest kernel with the gap to the next one."""
 HALF_LENGTH = 350

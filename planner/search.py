@@ -222,7 +222,7 @@ class _Walk:
             shortfall_bytes=count_shortfall(memory, self.device),
             time=time,
             seconds=self.timer.rank_seconds(strategy, time),
-            late_seconds=self.timer.find_late_seconds(strategy, time),
+            late_seconds=self.timer.find_late_seconds(strategy, time, memory),
         )
 
     def measure(self, strategy: Strategy) -> Candidate:

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from .memory import Estimator
-from .rates import ATTENTION_SHARES, HALF_LENGTH
+from .rates import ATTENTION_SHARES, HALF_LENGTH, HOST_PRICES, HostWork
 from .strategy import Device, Rates, Value
 
 IDLE_SHARE = 0.15
@@ -36,7 +36,9 @@ class Work:
     head_dim, sequence: of attention
     backward: whether it is attention's backward
     is_masked: whether attention reads a mask, which FlashAttention has no kernels for
-    calls:    operations that the host starts for one of them
+    host:     what the host does for one of them
+    calls:    how often
+    waits:    whether the host waits for it before it goes on
     times:    how many there are
     """
 
@@ -48,7 +50,9 @@ class Work:
     sequence: int = 1
     backward: bool = False
     is_masked: bool = False
+    host: HostWork = "operation"
     calls: float = 1.0
+    waits: bool = False
     times: float = 1.0
 
     def repeat(self, times: float) -> Work:
@@ -68,6 +72,17 @@ class PhaseTime(Value):
     name: str
     device_seconds: float = Field(ge=0)
     host_seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+class RunPart(Value):
+    """A part of a run that takes time.
+
+    name:    load, compile (in the first step), evaluate, train, save (checkpoints and result) or merge
+    seconds: all of it together
+    """
+
+    name: str
     seconds: float = Field(ge=0)
 
 
@@ -125,7 +140,7 @@ class Speed(Value):
     tokens_per_second:       of training steps, padding excepted; on rows as long as the longest where others are
     unknown step_seconds:            of one optimizer step
     startup_seconds:         loading the model, compiling its layers
-    total_seconds:           startup and all steps; None where their number is not known
+    total_seconds:           all parts of the run; None where the number of its steps is not known
     model_flops_utilization: operations that the model needs, recomputation excepted, over what the device could do in
                              the time by its data sheet, 0 to 1
     joules_per_1000_tokens:  of the board; None where its power limit is not known
@@ -133,6 +148,7 @@ class Speed(Value):
     cost:                    total hours times `budget.price_per_hour`, in the same currency; None without one
     limit:                   what most of the step waits for: the device, or the host that starts its operations
     phases:                  of the step
+    parts:                   of the run, in its order; empty where the number of its steps is not known
     estimator:               what these figures come from
     """
 
@@ -146,6 +162,7 @@ class Speed(Value):
     cost: float | None = None
     limit: Literal["device", "host"]
     phases: tuple[PhaseTime, ...]
+    parts: tuple[RunPart, ...] = ()
     estimator: Estimator = "closed_forms"
 
 
@@ -172,12 +189,14 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
 
 
 def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> PhaseTime:
-    """A phase, done once."""
+    """A phase, done once. Where the host waits for its operations one by one, their times add up, as on a CPU."""
     device = host = 0.0
+    overlaps = rates.overlaps
     for work in works:
+        overlaps = overlaps and not work.waits
         device += work.times * estimate_operation_seconds(work, rates)
-        host += work.times * work.calls * rates.operation_seconds
-    seconds = max(device, host) if rates.overlaps else device + host
+        host += work.times * work.calls * HOST_PRICES[work.host] * rates.operation_seconds
+    seconds = max(device, host) if overlaps else device + host
     return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
 
 
@@ -222,11 +241,20 @@ def make_step_time(
 
 
 def make_speed(
-    time: StepTime, device: Device, *, steps: int | None, startup_seconds: float, price_per_hour: float | None
+    time: StepTime,
+    device: Device,
+    *,
+    steps: int | None,
+    startup_seconds: float,
+    parts: tuple[RunPart, ...],
+    price_per_hour: float | None,
 ) -> Speed:
-    """What a step's time means for a run of `steps`."""
+    """What a step's time means for a run.
+
+    parts: of the run, where the number of its steps is known
+    """
     assert device.rates is not None, "a step's time comes from rates"
-    total = None if steps is None else startup_seconds + steps * time.seconds
+    total = None if steps is None else sum(part.seconds for part in parts)
     watts = _estimate_watts(time, device.rates)
     joules = None if watts is None else watts * time.seconds
     waits = sum(phase.host_seconds - phase.device_seconds for phase in time.phases if phase.name in MICRO_BATCH_PHASES)
@@ -241,6 +269,7 @@ def make_speed(
         cost=None if total is None or price_per_hour is None else total / 3600 * price_per_hour,
         limit="host" if waits > 0 else "device",
         phases=time.phases,
+        parts=parts,
         estimator=time.estimator,
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
 from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
 from .model_shape import BlockShape, LinearShape, ModelShape
+from .rates import CLIP_CALLS, UPDATE_CALLS
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
 from .strategy import DTYPE_BYTES, Dtype, Kernels, Optimizer, Strategy
 
@@ -39,34 +40,45 @@ SCORE_BYTES = 24
 """Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
 HEAD_BYTES = 24
 """Bytes a logit that the loss moves in forward: to fp32, log-softmax, and as much in backward."""
-HEAD_CALLS = 15
-"""Operations of the loss, and of embedding and final norm."""
-FORWARD_CALLS: dict[Kernels, float] = {"torch": 80, "liger": 64}
-"""Operations that a decoder layer starts in forward; counted in a rehearsal of Llama, with an adapter's beside it."""
-BACKWARD_CALLS: dict[Kernels, float] = {"torch": 160, "liger": 120}
-ADAPTER_FORWARD_CALLS = 12
-ADAPTER_BACKWARD_CALLS = 15
-RECOMPUTE_CALLS = 90
-"""Beyond the forward's that a checkpointed layer starts where it is computed again."""
-SELECTIVE_CALLS = 2.2
-"""Operations' time that each operation of a layer takes longer, in forward and again in backward, under eager selective
-checkpointing, whose Python looks at each: 9.2 microseconds more where one takes 4.2, measured on one CPU."""
-COMPILED_CALLS = 0.25
-"""Of these operations that compiled layers are left with."""
+HEAD_CALLS = 14
+"""Host work of the loss on a chunk of tokens in forward; as all below in the units of `rates.HOST_PRICES`, as a
+rehearsal of Llama counts it."""
+EMBEDDING_CALLS = 25
+"""Of embedding, positions and final norm."""
+FORWARD_CALLS: dict[Kernels, float] = {"torch": 97, "liger": 100}
+"""Of a decoder layer in forward."""
+BACKWARD_CALLS: dict[Kernels, float] = {"torch": 111, "liger": 110}
+ADAPTER_FORWARD_CALLS = 21
+ADAPTER_BACKWARD_CALLS = 9
+PACKED_FORWARD_CALLS = 13.5
+"""Of a 4-bit linear layer, beside what any linear layer takes."""
+PACKED_BACKWARD_CALLS = 15
+CHECKPOINT_CALLS = 60
+"""Of a checkpointed layer in forward, beside its own: hooks on the tensors that it would keep."""
+RECOMPUTE_CALLS = 140
+"""Beyond the forward's, of computing a checkpointed layer again."""
+SELECTIVE_CALLS = 1.2
+"""Of each operation of a layer, in forward and again in backward, under eager selective checkpointing, whose Python
+looks at each: 9.2 microseconds more, measured on the CPU where an operation takes 7.5."""
+SEEN_OPERATIONS: dict[Kernels, int] = {"torch": 80, "liger": 64}
+"""Operations of a layer's forward that it looks at, and of an adapter's beside it."""
+SEEN_ADAPTER_OPERATIONS = 12
+COMPILED_CALLS = 0.3
+"""Of this work that compiled layers are left with."""
 MOVED_BYTES: dict[Optimizer, float] = {
-    "adamw": 0,
     "adamw_32bit": 16,
     "paged_adamw": 16,
-    "adamw_8bit": 4,
-    "paged_adamw_8bit": 4,
+    "adamw_8bit": 60,
+    "paged_adamw_8bit": 60,
 }
-"""Bytes of state that an update reads and writes for an element, beside weight and gradient; adamw's depend on the
-dtype."""
+"""Bytes of state that an update reads and writes for an element, beside weight and gradient. The 8-bit kernels move 4,
+but look each value up among 256 and take as long as for 60: fitted to the measured steps of full fine-tuning, of which
+such an update is up to half."""
 STOCHASTIC_BYTES = 48
 """Bytes that rounding one fp32 tensor stochastically moves for an element."""
-UPDATE_CALLS = 3
-"""Operations that bitsandbytes starts for a tensor, and Adafactor's ten: one by one, in Python."""
 CHUNK_ELEMENTS = 2**24
+GROUP_CALLS = 10
+"""Of clipping, and of updates in backward for each group, whatever their tensors."""
 GROUPS_BESIDE = 3
 """Groups of parameters that are updated in backward beside the layers': the head's, the final norm's, the embedding's.
 """
@@ -78,6 +90,7 @@ def estimate_micro_batch_work(
     """Forward and backward of one micro-batch, whatever the optimizer."""
     step = StepShape(shape, strategy, sequence_length)
     forward = [work for block in shape.blocks for work in (*_list_layer(step, block), *_list_selection(step, block))]
+    forward.append(Work(kind="none", calls=_scale_calls(strategy, CHECKPOINT_CALLS * step.checkpointed_layers)))
     backward = [work for block in shape.blocks for work in _list_layer_backward(step, block)]
     moved = estimate_kept_bytes(step) if strategy.activation_offload else 0
     transfer = [Work(kind="transfer", bytes=moved)] if moved else []
@@ -122,6 +135,7 @@ def _list_layer(
     if with_attention:
         yield from _list_attention(step, block, repeats, backward=False)
     yield _make_traffic(step, repeats, backward=False)
+    yield from _list_packed(step, block, repeats, calls=PACKED_FORWARD_CALLS)
 
 
 def _list_selection(step: StepShape, block: BlockShape) -> Iterator[Work]:
@@ -129,7 +143,7 @@ def _list_selection(step: StepShape, block: BlockShape) -> Iterator[Work]:
     strategy = step.strategy
     if strategy.save_attention and not strategy.compile:
         adapted = 0 if strategy.method == "full" else sum(step.needs_input(linear) for linear in block.linears)
-        calls = SELECTIVE_CALLS * (FORWARD_CALLS[strategy.kernels] + ADAPTER_FORWARD_CALLS * adapted)
+        calls = SELECTIVE_CALLS * (SEEN_OPERATIONS[strategy.kernels] + SEEN_ADAPTER_OPERATIONS * adapted)
         yield Work(kind="none", calls=calls, times=step.checkpointed_layers / step.shape.layers * block.repeats)
 
 
@@ -148,6 +162,13 @@ def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
     yield from _list_experts(step, block, block.repeats, factor=2 if step.trains_base else 1)
     yield from _list_attention(step, block, block.repeats, backward=True)
     yield _make_traffic(step, block.repeats, backward=True)
+    yield from _list_packed(step, block, block.repeats, calls=PACKED_BACKWARD_CALLS)
+
+
+def _list_packed(step: StepShape, block: BlockShape, repeats: float, *, calls: float) -> Iterator[Work]:
+    """Host work of 4-bit layers, beside what any take."""
+    if step.strategy.method == "qlora":
+        yield Work(kind="none", calls=_scale_calls(step.strategy, calls * len(block.linears)), times=repeats)
 
 
 def _list_product(step: StepShape, linear: LinearShape, repeats: float, *, quantized: int) -> Iterator[Work]:
@@ -274,7 +295,7 @@ def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
     logits = HEAD_BYTES * step.tokens * shape.vocab_size
     yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, times=products[head][side])
     yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks, times=passes[side])
-    yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=HEAD_CALLS)
+    yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=EMBEDDING_CALLS)
 
 
 def estimate_shape_update_work(shape: ModelShape, strategy: Strategy) -> dict[str, tuple[Work, ...]]:
@@ -299,21 +320,22 @@ def estimate_update_work(
     elements, number = sum(size * count for size, count in tensors), sum(count for _, count in tensors)
     parts = sum(count * -(-size // CHUNK_ELEMENTS) for size, count in tensors)
     name, rounds = strategy.optimizer, strategy.rounding == "stochastic" and dtype == "bf16"
-    together = 10.0 * (groups if strategy.optimizer_in_backward else 1)
-    moved, calls = 0.0, together
+    calls, state = UPDATE_CALLS[name] * number, MOVED_BYTES.get(name)
     if name == "adamw":
-        moved, calls = (7 * 4 + 4 * 6 + 3 * STOCHASTIC_BYTES, 30 * parts) if rounds else (7 * width, calls)
-    elif name == "adafactor":
-        moved, calls = 10 * 4 + (12 + STOCHASTIC_BYTES if rounds else 0), 10 * number
+        moved = 7.0 * 4 + 4 * 6 + 3 * STOCHASTIC_BYTES if rounds else 7.0 * width
+        calls = 30.0 * parts if rounds else calls
+    elif state is None:
+        moved = 10.0 * 4 + (12 + STOCHASTIC_BYTES if rounds else 0)
+    elif rounds:
+        moved, calls = 12 + 12 + state + STOCHASTIC_BYTES, calls + 12 * parts
     else:
-        state = MOVED_BYTES[name]
-        moved, calls = 3 * width + state, UPDATE_CALLS * number
-        if rounds:
-            moved, calls = 12 + 12 + state + STOCHASTIC_BYTES, 12 * parts
+        moved = 3 * width + state
     read = (3 if strategy.clips_gradients else 1) * width
+    together = GROUP_CALLS * (groups if strategy.optimizer_in_backward else 1)
+    update = Work(kind="memory", bytes=moved * elements, calls=calls, waits=host_waits(strategy))
     return {
-        "clip": (Work(kind="memory", bytes=read * elements, calls=together),),
-        "optimizer": (Work(kind="memory", bytes=moved * elements, calls=calls),),
+        "clip": (Work(kind="memory", bytes=read * elements, calls=together + CLIP_CALLS * number),),
+        "optimizer": (update,),
     }
 
 

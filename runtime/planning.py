@@ -120,6 +120,9 @@ class Job:
             documents_per_row=max(
                 (len(row.documents) + 1 for row in self.data.train.rows if row.documents), default=None
             ),
+            eval_rows=len(self.data.eval or ()),
+            forgetting_rows=len(self.data.forgetting or ()),
+            has_question=any(row.messages is not None for row in self.data.eval_rows),
             source="the longest row, tokenised",
         )
 

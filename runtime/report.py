@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,12 @@ from rich.text import Text
 from ..planner.files import LOG_BYTES
 from ..planner.plan import Plan
 from ..planner.show.reasons import describe_strategy
-from ..planner.speed import Speed as PlannedSpeed
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
-from ..recipes.units import format_bytes, format_seconds
+from ..recipes.units import format_bytes
 from .data.report import DataReport
 from .data.view import describe_data
+from .report_time import list_part_seconds, render_parts, render_speed
 from .rundir import PLAN_NAME, REPORT_NAME
 from .shown import show_text
 from .training.forgetting import Forgetting, render_forgetting
@@ -102,9 +102,10 @@ class Speed(Value):
     steps:             optimizer steps done
     tokens:            tokens computed, padding excepted
     train_seconds:     in training steps
+    first_step_seconds: of them in the first step of each session, which compiles, loads kernels and fills caches
     total_seconds:     from loading the model to the last file
-    tokens_per_second: tokens / train_seconds
-    step_seconds:      mean time of a training step, None without one
+    tokens_per_second: of the other steps, padding excepted; of all where there are no others, None without any
+    step_seconds:      mean time of one of them, None without one
     energy_joules:     of the GPU, None without one
     joules_per_1000_tokens: of the GPU in training steps, None without one
     """
@@ -112,6 +113,7 @@ class Speed(Value):
     steps: int
     tokens: int
     train_seconds: float
+    first_step_seconds: float = 0.0
     total_seconds: float
     tokens_per_second: float | None
     step_seconds: float | None = None
@@ -179,6 +181,9 @@ def make_report_json(plan: Plan, report: RunReport) -> str:
         document["forgetting"] |= {name: getattr(report.forgetting, name) for name in figures}
     document["predicted"] = plan.memory.model_dump(mode="json")
     document["predicted_speed"] = None if plan.speed is None else plan.speed.model_dump(mode="json")
+    document["parts"] = []
+    if plan.speed is not None:
+        document["parts"] = [one.model_dump(mode="json") for one in list_part_seconds(plan.speed, report)]
     document["phases"] = [one.model_dump(mode="json") for one in list_phase_peaks(plan, report)]
     return json.dumps(document, allow_nan=False)
 
@@ -213,7 +218,8 @@ def render_report(plan: Plan, report: RunReport, console: Console) -> None:
     )
     console.print(_render_memory(plan, report))
     if plan.speed is not None and report.speed.tokens_per_second:
-        console.print(_render_speed(plan.speed, report.speed))
+        console.print(render_speed(plan.speed, report.speed))
+        console.print(render_parts(plan.speed, report))
     for event in report.events:
         console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
     if report.forgetting is not None and report.forgetting.warning is not None:
@@ -254,26 +260,6 @@ def _render_result(plan: Plan, report: RunReport) -> Group:
             Text.assemble(("after   ", "bold green"), show_text(report.sample.after)),
         ]
     return Group(*lines)
-
-
-def _render_speed(predicted: PlannedSpeed, measured: Speed) -> Table:
-    """Speed, predicted beside measured; the MFU that was reached follows from the tokens."""
-    table = Table(title="Speed, predicted against measured", title_justify="left", box=None, padding=(0, 2))
-    for name in ("", "predicted", "measured", "error"):
-        table.add_column(name, justify="left" if not name else "right")
-    tokens, utilization = predicted.tokens_per_second, predicted.model_flops_utilization
-    reached = None if measured.tokens_per_second is None else utilization * measured.tokens_per_second / tokens
-    rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
-        ("tokens a second", tokens, measured.tokens_per_second, "{:,.0f}".format),
-        ("a step", predicted.step_seconds, measured.step_seconds, format_seconds),
-        ("the whole run", predicted.total_seconds, measured.total_seconds, format_seconds),
-        ("model FLOPs utilization", utilization, reached, "{:.1%}".format),
-        ("J for 1,000 tokens", predicted.joules_per_1000_tokens, measured.joules_per_1000_tokens, "{:.3g}".format),
-    ]
-    for name, ours, theirs, show in rows:
-        if ours is not None and theirs:
-            table.add_row(name, show(ours), show(theirs), f"{100 * (ours / theirs - 1):+.1f} %")
-    return table
 
 
 def _render_memory(plan: Plan, report: RunReport) -> Table:

@@ -14,7 +14,7 @@ from ...recipes.units import format_bytes, format_count, format_seconds
 from ..memory import Memory
 from ..plan import Plan, Rejected
 from ..strategy import Device, Strategy
-from .reasons import METHOD_NAMES, describe_energy, describe_optimizer, describe_speed
+from .reasons import METHOD_NAMES, describe_energy, describe_optimizer, describe_parts, describe_speed
 from .timeline import COMPONENT_COLORS, COMPONENT_WORDS, render_timeline
 
 METHOD_WORDS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
@@ -75,8 +75,12 @@ def describe_pace(plan: Plan) -> list[tuple[str, str]]:
     """How fast it goes, and what energy and money it takes, where that is known."""
     if plan.speed is None:
         return []
-    energy = describe_energy(plan.speed)
-    return [("speed", describe_speed(plan.speed)), *([] if energy is None else [("energy", energy)])]
+    lines = [
+        ("speed", describe_speed(plan.speed)),
+        ("time", describe_parts(plan.speed)),
+        ("energy", describe_energy(plan.speed)),
+    ]
+    return [(name, text) for name, text in lines if text is not None]
 
 
 def _describe_device(device: Device) -> str:

@@ -91,6 +91,11 @@ def describe_speed(speed: Speed) -> str:
     return f"{', '.join(parts)}; MFU {speed.model_flops_utilization:.0%}, limited by the {speed.limit}"
 
 
+def describe_parts(speed: Speed) -> str | None:
+    """Such as `load 11 s, evaluate 40 s, train 31:20 min, save 3 s`; None where the number of steps is not known."""
+    return ", ".join(f"{part.name} {format_seconds(part.seconds)}" for part in speed.parts) or None
+
+
 def describe_energy(speed: Speed) -> str | None:
     """Such as `48 J for 1,000 tokens, 0.35 kWh, cost 4.20`; None where nothing of it is known."""
     parts = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ...planner.rates import HOST_PRICES, HostWork
 from ...planner.strategy import Rates
 from ..model.embedded import cache_folder
 from ..rundir import write_whole
@@ -25,8 +26,8 @@ COPY_ELEMENTS = 2**24
 """fp32 elements of the probed copies, 64 MiB: more than caches hold."""
 SMALL_LAYERS = 64
 """Of the small network whose operations take no time but to start."""
-OPERATIONS_A_LAYER = 12
-"""That forward and backward of one of its layers start: linear, activation, sum, and their gradients."""
+WORK_A_LAYER: dict[HostWork, int] = {"operation": 3, "module": 3, "engine": 5, "engine_view": 3}
+"""What the host does for one of its layers, forward and backward: linear, activation, sum, and their gradients."""
 PROBE_SECONDS = 0.25
 """Of each of the figures."""
 
@@ -52,7 +53,7 @@ def find_cpu_rates(*, may_probe: bool) -> Rates | None:
 
 def _make_key(cpu: Cpu) -> str:
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return f"{cpu.name}, {cpu.cores} cores, {threads or 'all'} threads, torch {find_versions().get('torch')}"
+    return f"{cpu.name}, {cpu.cores} cores, {threads or 'all'} threads, torch {find_versions().get('torch')}, host work"
 
 
 def _load(path: Path) -> dict[str, Rates]:
@@ -100,7 +101,7 @@ def _measure_copies() -> float:
 
 
 def _measure_operations() -> float:
-    """Seconds that starting an operation takes in a forward and backward of modules."""
+    """Seconds that Python takes to call an operation, from a forward and backward of modules."""
     import torch
     from torch import nn
 
@@ -112,7 +113,8 @@ def _measure_operations() -> float:
             hidden = hidden + layer(hidden)
         hidden.sum().backward()
 
-    return _time_one(step) / (SMALL_LAYERS * OPERATIONS_A_LAYER)
+    work = sum(HOST_PRICES[kind] * count for kind, count in WORK_A_LAYER.items())
+    return _time_one(step) / (SMALL_LAYERS * work)
 
 
 def _time_one(work: Callable[[], object]) -> float:

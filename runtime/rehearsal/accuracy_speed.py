@@ -25,6 +25,8 @@ from .trace import Traces
 
 SHORTEST_SECONDS = 0.5
 """Steps below this are noisy: three were measured, and they wait for the host."""
+PAUSE_SECONDS = 0.3
+"""What took this much longer than predicted is shown apart: steps differ by less, and a pause of the host by more."""
 UNPLANNED = ("compile_whole_model", "sdpa_backend")
 """Levers of measured rows that no strategy has, or that leave it to the row what it is compared with."""
 
@@ -72,8 +74,18 @@ class TimedRow:
         return "host" if host == 2 else "device" if host == 0 else "both"
 
     @property
+    def late_seconds(self) -> float:
+        """How much longer it took than predicted, negative where it was faster."""
+        return self.measured_seconds - self.rehearsed.seconds
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the host seems to have paused in it."""
+        return self.late_seconds > PAUSE_SECONDS
+
+    @property
     def operation_seconds(self) -> float:
-        """Time of the step for each operation that the host starts."""
+        """Time of the step for each operation that the host starts, in units of one that Python calls."""
         return self.measured_seconds * OPERATION_SECONDS / sum(phase.host_seconds for phase in self.rehearsed.phases)
 
 
@@ -116,9 +128,11 @@ def render_speed_table(rows: Sequence[TimedRow]) -> str:
 
 
 def render_speed_summary(rows: Sequence[TimedRow]) -> Iterator[str]:
-    """Median, 95th percentile and worst of the absolute errors: of all rows, and of those that wait for the device."""
+    """Median, 95th percentile and worst of the absolute errors: of all rows, of those without a pause, and of those
+    that wait for the device."""
+    steady = [one for one in rows if not one.is_late]
     bound = [one for one in rows if one.limit == "device"]
-    for name, part in (("all", rows), ("device", bound)):
+    for name, part in (("all", rows), ("steady", steady), ("device", bound)):
         for estimator in ("rehearsal", "closed_forms"):
             if part:
                 spread = make_spread(one.error(estimator) for one in part)
@@ -130,7 +144,7 @@ def render_speed_summary(rows: Sequence[TimedRow]) -> Iterator[str]:
 
 def render_host_cost(rows: Sequence[TimedRow]) -> Iterator[str]:
     """The host's time an operation over the rows that wait for it, and over those of all other models."""
-    waiting = [one for one in rows if one.limit == "host"]
+    waiting = [one for one in rows if one.limit == "host" and not one.is_late]
     for model in (None, *sorted({str(one.row["model"]) for one in waiting})):
         costs = [one.operation_seconds for one in waiting if one.row["model"] != model]
         left = "of all rows" if model is None else f"without {model}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
+from ...planner.rates import HostWork
 from ...planner.speed import ATTENTION_BACKWARD_FACTOR, Work
 
 WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_reshape_alias", "prim::")
@@ -47,12 +48,19 @@ class Ledger:
 
     number_of: the number of a tensor's storage
     mark_of:   the section that the step is in
+    is_engine: whether autograd's engine starts the operations, without Python
     """
 
-    def __init__(self, number_of: Callable[[Tensor], int | None], mark_of: Callable[[], int]) -> None:
+    def __init__(
+        self, number_of: Callable[[Tensor], int | None], mark_of: Callable[[], int], is_engine: Callable[[], bool]
+    ) -> None:
         self.operations: list[Operation] = []
-        self._number_of, self._mark_of = number_of, mark_of
+        self._number_of, self._mark_of, self._is_engine = number_of, mark_of, is_engine
         self._behind: dict[int, dict[int | None, int]] = {}
+
+    def note_host(self, kind: HostWork) -> None:
+        """Work of the host that starts no operation."""
+        self.operations.append(Operation(self._mark_of(), kind, Work(kind="none", host=kind)))
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An operation that was run."""
@@ -61,7 +69,8 @@ class Ledger:
             return
         if _is_view(func, name):
             self._follow(args, result)
-            self.operations.append(Operation(self._mark_of(), name, Work(kind="none")))
+            host: HostWork = "engine_view" if self._is_engine() else "view"
+            self.operations.append(Operation(self._mark_of(), name, Work(kind="none", host=host)))
             return
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
         reads, writes = self._list_reads(inputs), self._list_traffic(outputs)
@@ -90,8 +99,11 @@ class Ledger:
             flops, copied, width = 2 * inputs[0].shape[0] * inputs[2].numel(), 2 * inputs[2].nbytes, 1
             self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=copied, calls=0)))
             kind = "matrix"
-        work = Work(kind=kind, flops=flops, bytes=moved, width=width)
+        work = Work(kind=kind, flops=flops, bytes=moved, width=width, host=self._starter())
         self.operations.append(Operation(self._mark_of(), name, work, reads, writes))
+
+    def _starter(self) -> HostWork:
+        return "engine" if self._is_engine() else "operation"
 
     def note_fused(self, args: Any, kwargs: Any, result: Any) -> None:
         """An operation that a compiled kernel does on the way: whoever reads its result reads what it reads."""
@@ -123,6 +135,7 @@ class Ledger:
             sequence=rows,
             backward=backward,
             is_masked=is_masked,
+            host=self._starter(),
         )
         self.operations.append(Operation(self._mark_of(), "attention", work, reads, writes))
 

@@ -26,6 +26,7 @@ from .compile import compiled_layers
 from .cost import Operation, current_ledger, kept_ledger
 from .cuda import CudaCard, cuda_semantics
 from .fakes import make_fakes
+from .host_work import counted_host_work
 from .kernels import noted_launches
 from .layers import NotPeriodic, Segment, extend, split_segments
 from .model import RehearsalModel, build_rehearsal_model
@@ -172,6 +173,7 @@ def _record(
         watch,
         cuda_semantics(),
         kept_ledger(watch.ledger),
+        counted_host_work(watch),
         _marks(model, watch),
     ):
         watch.enter("build", "weights")

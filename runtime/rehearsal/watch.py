@@ -101,7 +101,11 @@ class StorageWatch(TorchDispatchMode):
         self._live: dict[int, _Storage] = {}
         self._sum: tuple[_Storage, int, int] | None = None
         self._handles: set[int] = set()
-        self.ledger = Ledger(self.number_of, lambda: len(self.recording.marks) - 1)
+        self.ledger = Ledger(
+            self.number_of,
+            mark_of=lambda: len(self.recording.marks) - 1,
+            is_engine=lambda: self.backward and not torch.is_grad_enabled(),
+        )
         self._muted = False
 
     @contextlib.contextmanager

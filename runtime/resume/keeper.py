@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...planner.files import count_kept
 from ...planner.plan import Plan
+from ...planner.run_time import CHECKPOINT_SECONDS
 from ...recipes.errors import CheckpointError, DiskError
 from ...recipes.schema import Recipe
 from ..model.build import BuiltModel
@@ -19,8 +20,6 @@ from .content import History, restore_weights, write_content
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUTO_SECONDS = 15 * 60.0
-"""With save_every = "auto", the most work that a killed run loses; a choice."""
 AUTO_SHARE = 0.05
 """The most time that writing checkpoints may take then; where it would, they come less often. A choice."""
 
@@ -51,7 +50,7 @@ class Keeper:
         every = self._output.save_every
         if isinstance(every, int):
             return step % every == 0
-        return time.monotonic() - self._last_seconds >= max(AUTO_SECONDS, self._write_seconds / AUTO_SHARE)
+        return time.monotonic() - self._last_seconds >= max(CHECKPOINT_SECONDS, self._write_seconds / AUTO_SHARE)
 
     def is_worth_keeping(self, history: History, step: int) -> bool:
         """Whether the weights of this step are the best so far, and the recipe wants those."""

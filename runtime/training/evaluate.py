@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...planner.run_time import ANSWER_TOKENS
 from ...planner.strategy import Strategy
 from ..data.batches import iterate_eval_batches
 from ..data.encoding import Encoder
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from ..data.rows import Message
     from ..data.tokens import TokenizedRows
-
-ANSWER_TOKENS = 96
-"""Longest answer to the sample question, in tokens."""
 
 
 def evaluate(built: BuiltModel, rows: TokenizedRows, strategy: Strategy, device: torch.device) -> float:

@@ -37,6 +37,8 @@ class Progress:
     step:          optimizer steps done
     tokens:        tokens computed, padding excepted
     train_seconds: in training steps
+    first_steps, first_tokens, first_seconds: of them those of the first step of each session, which compiles, loads
+                   kernels and fills caches
     first_loss, last_loss: of the first and the last training step whose loss was finite
     skipped:       steps without an update: fp16 gradients that overflowed, or on_nonfinite = "skip"
     """
@@ -44,9 +46,28 @@ class Progress:
     step: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
+    first_steps: int = 0
+    first_tokens: int = 0
+    first_seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
     skipped: int = 0
+
+    @property
+    def steady(self) -> tuple[int, int, float]:
+        """(steps, tokens, seconds) without the first ones, unless there are no others."""
+        steps = self.step - self.first_steps
+        if steps <= 0:
+            return self.step, self.tokens, self.train_seconds
+        return steps, self.tokens - self.first_tokens, self.train_seconds - self.first_seconds
+
+    def count(self, step: int, tokens: int, seconds: float, *, is_first: bool) -> None:
+        """One more step; is_first: of this session."""
+        self.step, self.tokens, self.train_seconds = step, self.tokens + tokens, self.train_seconds + seconds
+        if is_first:
+            self.first_steps += 1
+            self.first_tokens += tokens
+            self.first_seconds += seconds
 
 
 class TrainingLoop:
@@ -69,6 +90,7 @@ class TrainingLoop:
         self.strategy, self.built, self.accelerator = strategy, built, accelerator
         self.meter, self.progress, self.max_grad_norm = meter, progress, train.max_grad_norm
         self.nonfinite_in_a_row = 0
+        self._is_first = True
         self.skips_nonfinite = train.on_nonfinite == "skip"
         size, epochs, max_steps = train.global_batch_size, train.epochs, train.max_steps
         self.steps = count_steps(rows.epoch_rows, global_batch_size=size, epochs=epochs, max_steps=max_steps)
@@ -144,8 +166,8 @@ class TrainingLoop:
 
     def _count(self, batch: GlobalBatch, result: StepResult, seconds: float) -> None:
         progress = self.progress
-        progress.step, progress.tokens = batch.step, progress.tokens + batch.tokens
-        progress.train_seconds += seconds
+        progress.count(batch.step, batch.tokens, seconds, is_first=self._is_first)
+        self._is_first = False
         if math.isfinite(result.loss):
             progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
             progress.last_loss = result.loss
@@ -155,7 +177,7 @@ class TrainingLoop:
         self, batch: GlobalBatch, result: StepResult, seconds: float, learning_rate: float, line: LiveLine
     ) -> None:
         """A line of metrics.jsonl, and the live one."""
-        progress = self.progress
+        steady_steps, steady_tokens, steady_seconds = self.progress.steady
         self.accelerator.log(
             {
                 "epoch": batch.epoch,
@@ -169,7 +191,7 @@ class TrainingLoop:
         line.update(
             batch.step,
             loss=result.loss,
-            tokens_per_second=progress.tokens / progress.train_seconds,
+            tokens_per_second=steady_tokens / steady_seconds,
             memory_bytes=self.meter.memory_now_bytes,
-            seconds_left=progress.train_seconds / progress.step * (self.steps - progress.step),
+            seconds_left=steady_seconds / steady_steps * (self.steps - batch.step),
         )

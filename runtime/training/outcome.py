@@ -5,10 +5,9 @@ from __future__ import annotations
 from ..data.rows import Row
 from ..machine.samples import MonitorSummary
 from ..report import Loss, Sample, Speed
+from ..report_time import STEP_PHASES
 from ..resume.content import History
 from .loop import Progress
-
-STEP_PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 def make_loss(progress: Progress, history: History, after: float | None) -> Loss:
@@ -17,22 +16,23 @@ def make_loss(progress: Progress, history: History, after: float | None) -> Loss
 
 
 def make_speed(progress: Progress, total_seconds: float, summary: MonitorSummary) -> Speed:
-    """Speed over all sessions; energy of the last one.
+    """Speed over all sessions, the first step of each left out; energy of the last one.
 
-    Energy a token is the mean power of the last session's steps times the time of a token in all of them.
+    Energy a token is the mean power of the last session's steps times the time of a token.
     """
-    tokens, seconds = progress.tokens, progress.train_seconds
+    count, tokens, seconds = progress.steady
     steps = [phase for phase in summary.phases if phase.name in STEP_PHASES]
     joules = sum(phase.energy_joules or 0.0 for phase in steps)
     measured_seconds = sum(phase.seconds for phase in steps)
     has_energy = bool(joules and tokens and measured_seconds)
     return Speed(
         steps=progress.step,
-        tokens=tokens,
-        train_seconds=seconds,
+        tokens=progress.tokens,
+        train_seconds=progress.train_seconds,
+        first_step_seconds=progress.first_seconds,
         total_seconds=total_seconds,
         tokens_per_second=tokens / seconds if seconds else None,
-        step_seconds=seconds / progress.step if progress.step else None,
+        step_seconds=seconds / count if count else None,
         energy_joules=summary.energy_joules,
         joules_per_1000_tokens=1000 * joules / measured_seconds * seconds / tokens if has_energy else None,
     )

@@ -156,11 +156,45 @@ def test_a_plan_tells_how_fast_it_goes() -> None:
     tables = {"train": {"max_steps": 100}, "budget": {"price_per_hour": 3.0}}
     speed = plan_for(tables, make_gpu("H100 80GB")).speed
     assert speed is not None and speed.total_seconds is not None and speed.cost is not None
-    assert speed.total_seconds == pytest.approx(speed.startup_seconds + 100 * speed.step_seconds)
+    parts = {part.name: part.seconds for part in speed.parts}
+    assert speed.total_seconds == pytest.approx(sum(parts.values()))
+    assert parts["train"] == pytest.approx(100 * speed.step_seconds)
+    assert speed.startup_seconds == pytest.approx(parts["load"] + parts.get("compile", 0.0))
     assert speed.cost == pytest.approx(3.0 * speed.total_seconds / 3600)
     assert speed.joules_per_1000_tokens is not None and speed.energy_kwh is not None
     assert 105 * 100 * speed.step_seconds < speed.energy_kwh * 3.6e6 <= 701 * 100 * speed.step_seconds
     assert 0.2 < speed.model_flops_utilization < 0.76
+
+
+def list_part_seconds(facts: dict[str, Any] | None = None, **tables: dict[str, Any]) -> dict[str, float]:
+    device, tables = make_gpu("H100 80GB"), {"train": {"max_steps": 100}, "method": {"kind": "lora"}} | tables
+    inputs = make_inputs(tables, device)
+    inputs = replace(inputs, data=inputs.data.model_copy(update=facts or {}))
+    speed = make_plan(inputs).speed
+    assert speed is not None
+    return {part.name: part.seconds for part in speed.parts}
+
+
+def test_the_time_of_a_run_counts_evaluations_and_answers() -> None:
+    none = list_part_seconds()
+    assert "evaluate" not in none
+    rows = {"eval_rows": 64, "forgetting_rows": 32}
+    data = {"train": "x", "eval": "y", "max_length": 1024}
+    few = list_part_seconds(rows, data=data)
+    every = list_part_seconds(rows, data=data, train={"max_steps": 100, "eval_every": 20})
+    assert few["train"] == every["train"]
+    assert every["evaluate"] / few["evaluate"] == pytest.approx((6 * 64 + 2 * 32) / (2 * 64 + 2 * 32), rel=0.3)
+    assert list_part_seconds({"has_question": True})["evaluate"] > 0.1
+
+
+def test_the_time_of_a_run_counts_checkpoints_and_merging() -> None:
+    def save_every(every: Any, *, merge: bool = False) -> dict[str, float]:
+        return list_part_seconds(output={"save_every": every, "merge": merge})
+
+    never, often = save_every("never"), save_every(10)
+    assert often["save"] > 2 * never["save"] and "merge" not in never
+    merged = save_every("never", merge=True)
+    assert merged["merge"] > merged["load"]
 
 
 def test_without_rates_a_plan_has_no_speed_and_hours_do_not_bind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -125,6 +126,40 @@ def test_compiled_layers_move_fewer_bytes_and_compute_the_same() -> None:
     assert moved[True] < 0.75 * moved[False]
 
 
+def count_host(strategy: Strategy, phase: str) -> dict[str, float]:
+    """What the host does in a phase, by kind."""
+    found: dict[str, float] = defaultdict(float)
+    for name, work in list_works(trace(LLAMA, strategy)):
+        found[work.host] += work.times * work.calls * (name == phase)
+    return found
+
+
+def test_the_host_work_of_a_step_is_counted_by_kind() -> None:
+    full, lora, qlora = (make_strategy(method) for method in ("full", "lora", "qlora"))
+    assert count_host(full, "forward")["engine"] == 0 < count_host(full, "backward")["engine"]
+    assert count_host(full, "backward")["operation"] <= 1, "the gradient of the loss itself"
+    assert count_host(full, "backward")["module"] == 0
+    assert count_host(full, "forward")["adapter"] == 0
+    assert count_host(lora, "forward")["adapter"] == 7 * 9
+    for phase in ("forward", "backward"):
+        assert count_host(qlora, phase)["function"] - count_host(lora, phase)["function"] == 7 * 9
+
+
+def test_a_checkpointed_layer_calls_its_modules_again_and_hooks_on_what_it_would_keep() -> None:
+    plain, checkpointed = (make_strategy("lora", checkpointed_layers=layers) for layers in (0, 9))
+    assert count_host(plain, "forward")["hook"] == 0
+    assert count_host(checkpointed, "forward")["hook"] > 9 * 10
+    assert count_host(checkpointed, "backward")["adapter"] == 7 * 9
+    assert count_host(checkpointed, "forward")["module"] == count_host(plain, "forward")["module"]
+
+
+def test_compiled_layers_call_no_modules() -> None:
+    eager, compiled = (count_host(make_strategy("lora", compile=on), "forward") for on in (False, True))
+    again = count_host(make_strategy("lora", compile=True), "forward")
+    assert compiled == again, "whether a layer was compiled before makes no difference"
+    assert compiled["adapter"] == 0 and compiled["module"] < 0.2 * eager["module"]
+
+
 def test_memory_and_time_come_from_one_trace() -> None:
     strategy = make_strategy(gradient_accumulation_steps=4)
     shape = make_shape(LLAMA)
@@ -150,7 +185,7 @@ def timed() -> list[TimedRow]:
 def test_a_sample_of_measured_steps_is_met(timed: list[TimedRow]) -> None:
     """Of all rows over 0.5 s docs/accuracy.md has the figures; these are ones that nothing slowed down."""
     assert len(timed) == sum(len(names) for names in SAMPLE.values())
-    for estimator, middle, worst in (("rehearsal", 0.055, 0.10), ("closed_forms", 0.06, 0.20)):
+    for estimator, middle, worst in (("rehearsal", 0.055, 0.10), ("closed_forms", 0.09, 0.20)):
         errors = [abs(one.error(estimator)) for one in timed]  # type: ignore[arg-type]
         assert median(errors) < middle
         assert max(errors) < worst
@@ -162,7 +197,14 @@ def test_the_table_of_times_names_every_row_and_what_it_waits_for(timed: list[Ti
         round(one.measured_seconds, 3) for one in timed
     )
     assert {line.split()[-1] for line in lines} == {"device", "host"}
-    assert [line.split()[0] for line in render_speed_summary(timed)] == ["all", "all", "device", "device"]
+    assert [line.split()[0] for line in render_speed_summary(timed)] == [
+        "all",
+        "all",
+        "steady",
+        "steady",
+        "device",
+        "device",
+    ]
     assert next(iter(render_host_cost(timed))).startswith("of all rows              1 rows wait for the host")
 
 
@@ -180,7 +222,9 @@ def test_the_page_of_times_shows_every_row_and_sums_them_up() -> None:
         if is_planned(row) and row["measured"]["step_seconds"] > 0.5
     ]
     assert set(errors) == {row["id"] for row in measured}
-    (everything,) = (row for row in summary if row[:3] == ["all", str(len(errors)), "rehearsal"])
+    (everything,) = (row for row in summary if row[:3] == ["all over 0.5 s", str(len(errors)), "rehearsal"])
     assert float(everything[3].rstrip(" %")) == pytest.approx(median(errors.values()), abs=0.06)
     assert float(everything[5].rstrip(" %")) == max(errors.values())
     assert float(everything[3].rstrip(" %")) <= 10, "what the time model promises"
+    (steady,) = (row for row in summary if row[0] == "over 0.5 s, without a pause" and row[2] == "rehearsal")
+    assert int(steady[1]) >= 0.8 * len(errors) and float(steady[5].rstrip(" %")) <= 30

@@ -61,7 +61,8 @@ def test_a_report_sets_the_measured_speed_beside_the_planned_one(finished: Path)
     plan, report = load_report(finished)
     planned, measured = plan.speed, report.speed
     assert planned is not None and measured.tokens_per_second is not None and measured.step_seconds is not None
-    assert measured.step_seconds == pytest.approx(measured.train_seconds / measured.steps)
+    steady_seconds = measured.train_seconds - measured.first_step_seconds
+    assert measured.step_seconds == pytest.approx(steady_seconds / (measured.steps - 1)), "the first step is left out"
     assert json.loads(make_report_json(plan, report))["predicted_speed"] == planned.model_dump(mode="json")
     lines = {line.split("  ")[1]: line for line in render(plan, report).splitlines() if line.startswith("  ")}
     tokens, utilization = lines["tokens a second"], lines["model FLOPs utilization"]
@@ -83,6 +84,33 @@ def test_energy_a_token_is_that_of_the_training_steps() -> None:
     )
     assert speed.joules_per_1000_tokens == pytest.approx(1000 * 300 * 8 / 20_000), "300 W, 8 s in all sessions"
     assert (speed.step_seconds, speed.tokens_per_second) == (2.0, 2500.0)
+
+
+def test_the_first_step_of_each_session_does_not_count_in_the_speed_unless_there_are_no_others() -> None:
+    progress = Progress()
+    progress.count(1, 100, 9.0, is_first=True)
+    assert progress.steady == (1, 100, 9.0)
+    progress.count(2, 300, 2.0, is_first=False)
+    progress.count(3, 100, 7.0, is_first=True)
+    progress.count(4, 100, 1.0, is_first=False)
+    assert progress.steady == (2, 400, 3.0)
+    speed = make_speed(
+        progress, total_seconds=30.0, summary=Tally().make_summary(seconds=9, rss_peak_is_exact=True, events=())
+    )
+    assert (speed.first_step_seconds, speed.train_seconds) == (16.0, 19.0)
+    assert (speed.step_seconds, speed.tokens_per_second) == (1.5, pytest.approx(400 / 3))
+
+
+def test_a_report_sets_the_time_of_each_part_beside_the_planned_one(finished: Path) -> None:
+    plan, report = load_report(finished)
+    assert plan.speed is not None
+    parts = {one["name"]: one for one in json.loads(make_report_json(plan, report))["parts"]}
+    assert {"load", "evaluate", "train", "save"} <= set(parts)
+    assert plan.speed.total_seconds == pytest.approx(sum(one["predicted_seconds"] for one in parts.values()))
+    measured = sum(one["measured_seconds"] for one in parts.values())
+    assert 0.7 * report.speed.total_seconds < measured <= report.speed.total_seconds
+    lines = {line.split("  ")[1]: line for line in render(plan, report).splitlines() if line.startswith("  ")}
+    assert set(parts) | {"the whole run"} <= set(lines)
 
 
 def test_text_in_brackets_is_shown_as_it_is(finished: Path) -> None:

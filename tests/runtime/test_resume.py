@@ -328,7 +328,7 @@ def test_training_ends_when_the_held_out_loss_is_no_longer_better(
 def test_checkpoints_by_the_clock_are_gone_when_the_run_has_finished(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Break
 ) -> None:
-    monkeypatch.setattr("fitune.runtime.resume.keeper.AUTO_SECONDS", 0.0)
+    monkeypatch.setattr("fitune.runtime.resume.keeper.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr("fitune.runtime.resume.keeper.AUTO_SHARE", 1e9)
     recipe = write_recipe(tmp_path, llama)
     kill_at(6)
