@@ -141,8 +141,8 @@ def test_the_host_work_of_a_step_is_counted_by_kind() -> None:
     assert count_host(full, "backward")["module"] == 0
     assert count_host(full, "forward")["adapter"] == 0
     assert count_host(lora, "forward")["adapter"] == 7 * 9
-    for phase in ("forward", "backward"):
-        assert count_host(qlora, phase)["function"] - count_host(lora, phase)["function"] == 7 * 9
+    for phase, calls in (("forward", 7 * 9), ("backward", 7 * 9 - 3)):  # the first layer's input needs no gradient
+        assert count_host(qlora, phase)["function"] - count_host(lora, phase)["function"] == calls
 
 
 def test_a_checkpointed_layer_calls_its_modules_again_and_hooks_on_what_it_would_keep() -> None:
