@@ -51,7 +51,8 @@ def _make_selection(traced: TracedStep) -> Work:
     calls = 0.0
     for operation in traced.operations:
         phase, _, layer = sections[operation.mark].partition(" ")
-        if phase == "forward" and layer and int(layer) < checkpointed:
+        is_seen = operation.work.host in ("operation", "view")
+        if is_seen and phase == "forward" and layer and int(layer) < checkpointed:
             calls += SELECTIVE_CALLS * times[int(layer)]
     return Work(kind="none", calls=calls)
 
