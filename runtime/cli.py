@@ -187,7 +187,10 @@ def calibrate(run_dirs: tuple[Path, ...], measure: bool, show: bool) -> None:
         _print_error(str(error))
     if measure:
         with console.status("measuring: three short runs"):
-            calibrate_gpu()
+            failed = calibrate_gpu()
+        for error in failed:
+            _print_error(str(error))
+        refused += failed
     render_calibration(load_calibration(), console, here=probe_stacks())
     sys.exit(EXIT_ERROR if refused else 0)
 

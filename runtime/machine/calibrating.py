@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +30,8 @@ MEASURED_SETTINGS = {
     "train.optimizer": "adamw",
 }
 """What they change in the recipe quickstart: short runs, without managed memory."""
+MEASURED_SECONDS = 600
+"""A run that takes longer hangs: the model is small, and compiling its layers takes a minute or two."""
 
 
 def calibrate_runs(runs: Sequence[Path]) -> list[FituneError]:
@@ -49,10 +51,10 @@ def calibrate_runs(runs: Sequence[Path]) -> list[FituneError]:
     return refused
 
 
-def calibrate_gpu() -> None:
+def calibrate_gpu() -> list[FituneError]:
     """Run the embedded model with every method on the first visible GPU, and add the runs to the calibration.
 
-    Raises DeviceError without a GPU that torch can use, RunError where a run fails or tells nothing.
+    Returns why some of them failed or told nothing; the others count. DeviceError without a GPU that torch can use.
     """
     here = probe_gpus()
     if not here.visible:
@@ -63,26 +65,48 @@ def calibrate_gpu() -> None:
     if probe_training_device() == "cpu":
         raise DeviceError(explain_torch_without_cuda(here))
     with tempfile.TemporaryDirectory() as folder:
-        refused = calibrate_runs(list(run_measuring_set(Path(folder))))
-    if refused:
-        raise refused[0]
+        runs, failed = run_measuring_set(Path(folder))
+        return [*failed, *calibrate_runs(runs)]
 
 
-def run_measuring_set(folder: Path, methods: Iterable[str] = MEASURED_METHODS) -> Iterator[Path]:
-    """One short run of each method; their directories below `folder`.
+def run_measuring_set(folder: Path, methods: Iterable[str] = MEASURED_METHODS) -> tuple[list[Path], list[FituneError]]:
+    """One short run of each method: the directories below `folder` of those that finished, and why others failed.
 
     Each is a process of its own: what CUDA's context holds once is not given back before the process ends.
     """
+    finished: list[Path] = []
+    failed: list[FituneError] = []
     for method in methods:
         run = folder / method
         settings = {**MEASURED_SETTINGS, "method.kind": method, "output.dir": str(run)}
         overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "-m", "fitune.runtime.cli", "run", "quickstart", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode != 0:
-            last = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RunError(f"calibrate --measure: the run of {method} failed: {last[-1].removeprefix('error: ')}")
-        yield run
+        why = _find_failure([sys.executable, "-m", "fitune.runtime.cli", "run", "quickstart", *overrides])
+        if why is None:
+            finished.append(run)
+        else:
+            failed.append(RunError(f"calibrate --measure: the run of {method} failed: {why}"))
+    return finished, failed
+
+
+def _find_failure(command: Sequence[str]) -> str | None:
+    """Why a command failed, None where it did not: its last error, or else its last line."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=MEASURED_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {MEASURED_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in (done.stderr.strip() or done.stdout).splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("error: ")]
+    return (errors or said or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
 
 
 def probe_stacks() -> tuple[Stack, ...]:
