@@ -316,6 +316,10 @@ def main() -> None:
     """The `fitune` command: errors become one clear message here, and nowhere else."""
     # CUDA numbers mixed cards by speed, NVML by slot: both must mean the same card by 0.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # OpenMP's threads wait for each other by spinning, for milliseconds: beside other work on the same cores a step
+    # took 16 s instead of 3. So many turns are what libgomp itself takes where it knows that cores are short.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # bitsandbytes 0.50 warns on every import on a CPU that the optional package `kernels` is missing; it means nothing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_a_light_command_never_imports_torch(words: list[str], tmp_path: Path) -
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_that_wait_for_each_other_soon_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], spins: str | None
+) -> None:
+    code = "import os, sys; from fitune.runtime import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, env=kept | given, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == str(spins)
 
 
 def test_every_command_is_documented() -> None:

@@ -28,8 +28,10 @@ SMALL_LAYERS = 64
 """Of the small network whose operations take no time but to start."""
 WORK_A_LAYER: dict[HostWork, int] = {"operation": 3, "module": 3, "engine": 5, "engine_view": 3}
 """What the host does for one of its layers, forward and backward: linear, activation, sum, and their gradients."""
-PROBE_SECONDS = 0.25
-"""Of each of the figures."""
+PROBE_SECONDS = 0.06
+"""Of each of the figures in one round."""
+ROUNDS = 4
+"""The fastest of all rounds counts: beside other work one of them may find the cores free."""
 
 
 def find_cpu_rates(*, may_probe: bool) -> Rates | None:
@@ -68,14 +70,22 @@ def probe_cpu_rates() -> Rates:
     """Products in fp32 and bf16, copies, and operations too small to compute: a second in all. Imports torch."""
     import torch
 
-    full = _measure_products(torch.float32)
-    half = _measure_products(torch.bfloat16) if probe_cpu().bf16 else full
+    works = {"full": _make_product(torch.float32), "copy": _make_copy(), "host": _make_small_step()}
+    if probe_cpu().bf16:
+        works["half"] = _make_product(torch.bfloat16)
+    seconds = dict.fromkeys(works, math.inf)
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            seconds[name] = min(seconds[name], _time_one(work))
+    full = 2 * PRODUCT_SIZE**3 / seconds["full"]
+    half = 2 * PRODUCT_SIZE**3 / seconds["half"] if "half" in seconds else full
+    host = sum(HOST_PRICES[kind] * count for kind, count in WORK_A_LAYER.items())
     return Rates(
         peak_flops=max(full, half),
         half_flops=half,
         full_flops=full,
-        memory_bytes=_measure_copies(),
-        operation_seconds=_measure_operations(),
+        memory_bytes=2 * 4 * COPY_ELEMENTS / seconds["copy"],
+        operation_seconds=seconds["host"] / (SMALL_LAYERS * host),
         kernel_seconds=0.0,
         overlaps=False,
         attention="cpu",
@@ -83,25 +93,23 @@ def probe_cpu_rates() -> Rates:
     )
 
 
-def _measure_products(dtype: object) -> float:
-    """Floating point operations a second."""
+def _make_product(dtype: object) -> Callable[[], object]:
     import torch
 
     assert isinstance(dtype, torch.dtype), "a dtype of torch"
     left, right = (torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype) for _ in range(2))
-    return 2 * PRODUCT_SIZE**3 / _time_one(lambda: left @ right)
+    return lambda: left @ right
 
 
-def _measure_copies() -> float:
-    """Bytes read and written a second."""
+def _make_copy() -> Callable[[], object]:
     import torch
 
     source, target = (torch.ones(COPY_ELEMENTS) for _ in range(2))
-    return 2 * 4 * COPY_ELEMENTS / _time_one(lambda: target.copy_(source))
+    return lambda: target.copy_(source)
 
 
-def _measure_operations() -> float:
-    """Seconds that Python takes to call an operation, from a forward and backward of modules."""
+def _make_small_step() -> Callable[[], object]:
+    """Forward and backward of modules whose operations take no time but to start."""
     import torch
     from torch import nn
 
@@ -113,15 +121,14 @@ def _measure_operations() -> float:
             hidden = hidden + layer(hidden)
         hidden.sum().backward()
 
-    work = sum(HOST_PRICES[kind] * count for kind, count in WORK_A_LAYER.items())
-    return _time_one(step) / (SMALL_LAYERS * work)
+    return step
 
 
 def _time_one(work: Callable[[], object]) -> float:
     """Seconds of one call: the fastest of those that fit PROBE_SECONDS, after one to warm up."""
     work()
     fastest, end = math.inf, time.perf_counter() + PROBE_SECONDS
-    while time.perf_counter() < end:
+    while fastest == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         work()
         fastest = min(fastest, time.perf_counter() - start)
