@@ -50,8 +50,9 @@ class Case:
 
 
 LORA, QLORA, FULL = 'method.kind="lora"', 'method.kind="qlora"', 'method.kind="full"'
-EAGER, COMPILED, SMALL = "train.compile=false", "train.compile=true", 'budget.memory="24GiB"'
-PLAIN = ('train.loss_head="full"', EAGER, "train.micro_batch_size=2")
+COMPILED, SMALL = "train.compile=true", 'budget.memory="24GiB"'
+EAGER, LIGER, FLOAT8 = ("train.compile=false", 'train.kernels="torch"'), 'train.kernels="liger"', "train.float8=true"
+PLAIN = ('train.loss_head="full"', *EAGER, "train.micro_batch_size=2")
 WHOLE = ("train.gradient_checkpointing=false", "train.micro_batch_size=2")
 CURVE = {"model": "embedded", "length": 256, "batch": 8, "rows": "pavlos", "steps": CURVE_STEPS, "seconds": 35}
 _8B, _1B = {"model": "8b", "length": 4096, "batch": 2}, {"model": "1b", "length": 2048}
@@ -61,7 +62,7 @@ CASES = (
     Case(name="packed", **_1B, batch=2, settings=(LORA, "data.packing=true"), rows="mixed", seconds=50),
     Case(name="lora-auto", **_8B, settings=(LORA,), target=16_000, seconds=70),
     Case(name="qlora-auto", **_8B, settings=(QLORA,), target=13_000, seconds=70),
-    Case(name="curve-eager", **CURVE, settings=(LORA, EAGER)),
+    Case(name="curve-eager", **CURVE, settings=(LORA, *EAGER)),
     Case(name="curve-compiled", **CURVE, settings=(LORA, COMPILED)),
     Case(name="qlora-auto-24GiB", **_8B | {"length": 2048, "batch": 8}, settings=(QLORA, SMALL), seconds=60),
     Case(name="lora-auto-24GiB", **_8B | {"length": 2048, "batch": 8}, settings=(LORA, SMALL), seconds=60),
@@ -79,6 +80,10 @@ CASES = (
         seconds=55,
     ),
     Case(name="qlora-compiled", **_8B, settings=(QLORA, 'train.loss_head="fused"', COMPILED, *WHOLE), seconds=55),
+    Case(name="lora-liger", **_8B, settings=(LORA, 'train.loss_head="fused"', LIGER, *WHOLE), seconds=45),
+    Case(name="lora-float8", **_8B, settings=(LORA, 'train.loss_head="fused"', COMPILED, FLOAT8, *WHOLE), seconds=55),
+    Case(name="curve-liger", **CURVE, settings=(LORA, LIGER)),
+    Case(name="curve-float8", **CURVE, settings=(LORA, COMPILED, FLOAT8)),
 )
 """In the order in which they are run: what is left out when time is short stands last."""
 KNOBS = {
@@ -175,7 +180,8 @@ def list_settings(case: Case, *, smoke: bool) -> list[str]:
     """A case's settings; on a CPU without those that are a GPU's."""
     if not smoke:
         return list(case.settings)
-    return [one for one in case.settings if not one.startswith(("train.compile", "budget.memory", "model.dtype"))]
+    of_gpu = ("train.compile", "train.kernels", "train.float8", "budget.memory", "model.dtype")
+    return [one for one in case.settings if not one.startswith(of_gpu)]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -184,7 +190,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     memory, measured = plan["memory"], report["measured"]
-    keys = ("method", "checkpointed_layers", "loss_head", "optimizer", "compile", "micro_batch_size", "attention")
+    keys = (
+        "method",
+        "checkpointed_layers",
+        "loss_head",
+        "optimizer",
+        "compile",
+        "kernels",
+        "float8",
+        "micro_batch_size",
+        "attention",
+    )
     return {
         "strategy": {key: plan["strategy"][key] for key in keys},
         "tokens_per_second": median(line["tokens_per_second"] for line in steps[WARM_STEPS:]),

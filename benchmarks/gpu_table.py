@@ -11,8 +11,9 @@ from rich.text import Text
 
 PACKING_TARGET = 3.0
 """Packed over padded, tokens per second."""
-CURVE_TARGET = 0.01
-"""Compiled against eager: the largest relative difference of the loss, averaged over WINDOW steps."""
+CURVES = {"compiled": 0.01, "liger": 0.01, "float8": None}
+"""What is compared with eager layers, and the largest relative difference of the loss, averaged over WINDOW steps, that
+is aimed at; float8 is reported apart."""
 WINDOW = 20
 SEARCH_TARGET = 1.10
 """The fastest of all combinations over the plan's choice, tokens per second."""
@@ -52,8 +53,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def describe(how: Mapping[str, Any]) -> str:
     """A strategy in a few words."""
     layers = f"{how['checkpointed_layers']} checkpointed, " if how["checkpointed_layers"] else ""
-    compiled = ", compiled" if how["compile"] else ""
-    return f"micro-batch {how['micro_batch_size']}, {layers}{how['loss_head']} head{compiled}, {how['optimizer']}"
+    used = (("compiled", how["compile"]), ("Liger's kernels", how["kernels"] == "liger"), ("float8", how["float8"]))
+    levers = "".join(f", {name}" for name, is_used in used if is_used)
+    return f"micro-batch {how['micro_batch_size']}, {layers}{how['loss_head']} head{levers}, {how['optimizer']}"
 
 
 def list_comparisons(rows: Sequence[Row]) -> list[str]:
@@ -63,13 +65,15 @@ def list_comparisons(rows: Sequence[Row]) -> list[str]:
     if {"packed", "padded"} <= set(done):
         ratio = done["packed"]["tokens_per_second"] / done["padded"]["tokens_per_second"]
         found.append(f"packed over padded: {ratio:.2f} times the tokens a second (target {PACKING_TARGET})")
-    if {"curve-eager", "curve-compiled"} <= set(done):
-        eager, compiled = (done[name]["losses"] for name in ("curve-eager", "curve-compiled"))
-        worst = compare_curves(eager, compiled)
-        found.append(
-            f"loss compiled against eager over {len(eager)} steps: at most {worst:.2%} apart, averaged over {WINDOW} "
-            f"steps (target {CURVE_TARGET:.0%})"
-        )
+    for name, aim in CURVES.items():
+        if {"curve-eager", f"curve-{name}"} <= set(done):
+            eager, losses = (done[case]["losses"] for case in ("curve-eager", f"curve-{name}"))
+            target = "no target" if aim is None else f"target {aim:.0%}"
+            worst = compare_curves(eager, losses)
+            found.append(
+                f"loss {name} against eager over {len(eager)} steps: at most {worst:.2%} apart, averaged over {WINDOW} "
+                f"steps ({target})"
+            )
     searched = {name: row for name, row in done.items() if name.startswith("search-") and name != "search-auto"}
     if searched and "search-auto" in done:
         best = max(searched.values(), key=lambda row: row["tokens_per_second"])

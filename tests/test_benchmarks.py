@@ -97,15 +97,19 @@ def test_a_command_that_hangs_is_ended_and_one_that_fails_says_why() -> None:
 
 def test_what_cases_say_together_is_where_both_are_there() -> None:
     how = {"checkpointed_layers": 0, "loss_head": "full", "compile": True, "micro_batch_size": 4, "optimizer": "adamw"}
+    how |= {"kernels": "torch", "float8": False}
     speeds = {"packed": 30.0, "padded": 10.0, "search-auto": 100.0, "search-1": 90.0, "search-2": 105.0}
     rows = [{"case": name, "tokens_per_second": speed, "strategy": how} for name, speed in speeds.items()]
     packed, searched = list_comparisons([*rows, {"case": "curve-eager", "error": "stopped"}])
     assert packed.startswith("packed over padded: 3.00 times")
     assert searched.startswith("fastest of 2 combinations over the plan's choice: 1.05")
     curves = [
-        {"case": f"curve-{one}", "tokens_per_second": 1.0, "losses": [2.0] * 200} for one in ("eager", "compiled")
+        {"case": f"curve-{one}", "tokens_per_second": 1.0, "losses": [2.0] * 200}
+        for one in ("eager", "compiled", "float8")
     ]
-    assert list_comparisons(curves)[0].startswith("loss compiled against eager over 200 steps: at most 0.00% apart")
+    compiled, float8 = list_comparisons(curves)
+    assert compiled.startswith("loss compiled against eager over 200 steps: at most 0.00% apart")
+    assert float8.endswith("(no target)")
 
 
 def test_curves_are_compared_by_their_moving_averages() -> None:

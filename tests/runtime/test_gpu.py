@@ -26,6 +26,7 @@ from small_models import make_strategy, make_tokens, save_small_model
 from small_runs import read_losses, write_recipe
 from torch import Tensor, nn
 
+from fitune.planner.rates import FLOAT8_CAPABILITY
 from fitune.runtime.model.build import BuiltModel, build_model
 from fitune.runtime.model.linear_4bit import PackedLinear4bit
 from fitune.runtime.training.losses import compute_loss
@@ -106,6 +107,28 @@ def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones(models: Path,
     found = train(*build(models / "llama", method, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert relative_difference(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_ligers_kernels_give_the_loss_and_gradients_of_the_models_own_operations(
+    models: Path, method: str, model_type: str
+) -> None:
+    pytest.importorskip("liger_kernel")
+    expected = train(*build(models / model_type, method))
+    for checkpointed in (0, LAYERS):
+        found = train(*build(models / model_type, method, kernels="liger", checkpointed_layers=checkpointed))
+        assert relative_difference(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen_layers_in_float8_give_nearly_the_loss_and_gradients_of_16_bits(models: Path, compiled: bool) -> None:
+    if torch.cuda.get_device_capability(GPU) < FLOAT8_CAPABILITY:
+        pytest.skip("no float8 products")
+    expected = train(*build(models / "llama", "lora", weights_dtype="bf16"))
+    found = train(*build(models / "llama", "lora", weights_dtype="bf16", float8=True, compile=compiled))
+    assert relative_difference(found, expected) < 0.4, "0.27 on a CPU"
+    assert float(abs(found["loss"] - expected["loss"]) / expected["loss"]) < 0.02
 
 
 def test_rows_of_ten_lengths_need_few_graphs(models: Path) -> None:
