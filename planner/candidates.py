@@ -8,6 +8,7 @@ from itertools import product
 
 from ..recipes.errors import PlanError
 from ..recipes.schema import Recipe
+from .quantized import ONLY_QLORA
 from .shape import ModelShape
 from .strategy import Attention, Device, Dtype, Kernels, LossHead, Method, Optimizer, Strategy
 
@@ -98,6 +99,8 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
 
     Where transformers does not run an architecture with SDPA, attention is eager.
     """
+    if shape.is_stored_in_4bit and method != "qlora":
+        raise PlanError(f"model.id: {recipe.model.id}: {ONLY_QLORA}")
     train, adapters = recipe.train, recipe.method
     if train.float8:
         _check_float8(recipe, device, method, shape)

@@ -103,6 +103,7 @@ class ModelShape:
     attention_softcap:     the same for attention scores
     logit_scale:           logits are multiplied with it; None without
     is_guess:              whether the closed forms take it for a plain decoder, as they lack its family
+    is_stored_in_4bit:     whether its checkpoint holds 4-bit weights, which only QLoRA trains
     """
 
     model_type: str
@@ -136,6 +137,7 @@ class ModelShape:
     attention_softcap: float | None
     logit_scale: float | None
     is_guess: bool = False
+    is_stored_in_4bit: bool = False
 
     @cached_property
     def linears(self) -> tuple[tuple[LinearShape, int], ...]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from .catalog import list_models
 
+ONLY_QLORA = 'its weights are stored in 4 bits: only method.kind = "qlora" trains them'
+"""What is said of such a checkpoint where another method is asked for, by the plan and by the run."""
 _DECIDING_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 
 
@@ -19,6 +21,11 @@ def find_untrainable_quantization(config: Mapping[str, object]) -> str | None:
     if method in (None, "bitsandbytes 4-bit"):
         return None
     return f"its weights are stored quantised ({method}), which cannot be trained; use {_describe_original(config)}"
+
+
+def is_stored_in_4bit(config: Mapping[str, object]) -> bool:
+    """Whether the checkpoint holds bitsandbytes' 4-bit weights."""
+    return _find_method(config) == "bitsandbytes 4-bit"
 
 
 def _find_method(config: Mapping[str, object]) -> str | None:

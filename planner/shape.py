@@ -13,7 +13,7 @@ from .config_fields import ConfigFields
 from .families import FAMILIES
 from .family import Family, Projection, Width
 from .model_shape import BlockShape, LinearShape, ModelShape
-from .quantized import find_untrainable_quantization
+from .quantized import find_untrainable_quantization, is_stored_in_4bit
 
 __all__ = ["BlockShape", "LinearShape", "ModelShape", "find_untrainable_quantization", "is_known_family", "make_shape"]
 
@@ -26,6 +26,7 @@ def make_shape(config: Mapping[str, object]) -> ModelShape:
     Missing keys take the defaults of the family's config class. A model_type that is not supported, or a value that
     cannot be a shape, is a ModelError that names the field.
     """
+    stored_in_4bit = is_stored_in_4bit(config)
     config = _find_text_config(config)
     family = _find_family(config)
     fields = ConfigFields(config, defaults=family.defaults, keys=family.keys)
@@ -65,6 +66,7 @@ def make_shape(config: Mapping[str, object]) -> ModelShape:
         logit_softcap=fields.positive_number("final_logit_softcapping"),
         attention_softcap=fields.positive_number("attn_logit_softcapping"),
         logit_scale=1 / divisor if divisor else _read_number(fields, family.logit_scale),
+        is_stored_in_4bit=stored_in_4bit,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ...planner.quantized import ONLY_QLORA
 from ...planner.shape import make_shape
 from ...planner.strategy import Strategy
 from ...recipes.errors import ModelError
@@ -91,9 +92,7 @@ def load_base(folder: Path, strategy: Strategy, device: torch.device, *, trust_r
     base, loaded = found
     check_loaded(folder, base, loaded)
     if strategy.method != "qlora" and getattr(base, "is_loaded_in_4bit", False):
-        raise ModelError(
-            f'model.id: {folder}: its weights are stored in 4 bits: only method.kind = "qlora" trains them'
-        )
+        raise ModelError(f"model.id: {folder}: {ONLY_QLORA}")
     if strategy.method == "qlora":
         keep_cpu_weights_trainable(base)
         release_file(base)

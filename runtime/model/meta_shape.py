@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...planner.families import FAMILIES
+from ...planner.quantized import is_stored_in_4bit
 from ...planner.shape import BlockShape, LinearShape, ModelShape
 from ...recipes.errors import ModelError
 from ..quiet import quiet_libraries
@@ -146,6 +147,7 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
         attention_softcap=None if type(model)._supports_sdpa else 1.0,
         logit_scale=None,
         is_guess=text.model_type not in FAMILIES,
+        is_stored_in_4bit=is_stored_in_4bit(model.config.to_dict()),
     )
 
 

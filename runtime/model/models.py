@@ -10,13 +10,10 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ...planner.catalog import find_model, list_models
 from ...planner.shape import find_untrainable_quantization
@@ -249,20 +246,15 @@ def _check_disk(hub_id: str, needed_bytes: int) -> None:
 
 
 def is_hub_reachable() -> bool:
-    """Whether the hub's host takes a connection; its library would try again and again for half a minute.
+    """Whether the hub answers one request, through a proxy where one is set; a download would try again and again for
+    half a minute."""
+    from huggingface_hub import constants, errors, get_session
 
-    Behind a proxy only the library knows the way, so that it is asked.
-    """
-    from huggingface_hub.constants import ENDPOINT
-
-    url = urlsplit(ENDPOINT)
-    if getproxies().keys() & {url.scheme, "all"}:
-        return True
     try:
-        with socket.create_connection((url.hostname or "", url.port or 443), HUB_SECONDS):
-            return True
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except (OSError, errors.HTTPError, errors.OfflineModeIsEnabled):  # type: ignore[attr-defined]
         return False
+    return True
 
 
 def _ask_hub(hub_id: str, revision: str | None, question: Callable[[], T]) -> T:

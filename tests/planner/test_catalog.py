@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import make_gpu, make_inputs
 
 from fitune.planner.catalog import CatalogGpu, CatalogModel, find_gpu, find_model, list_gpus, list_models
 from fitune.planner.families import FAMILIES
+from fitune.planner.plan import make_plan
 from fitune.planner.shape import find_untrainable_quantization, make_shape
-from fitune.recipes.errors import DeviceError
+from fitune.recipes.errors import DeviceError, PlanError
 
 EVERY_MODEL = pytest.mark.parametrize("model", list_models(), ids=lambda model: model.name)
 EVERY_GPU = pytest.mark.parametrize("gpu", list_gpus(), ids=lambda gpu: gpu.name)
@@ -144,6 +146,21 @@ def test_eight_bit_weights_are_refused() -> None:
 def test_four_bit_bitsandbytes_weights_can_be_trained() -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     assert find_untrainable_quantization(_llama_8b() | {"quantization_config": stored}) is None
+
+
+@pytest.mark.parametrize("within", ["", "text_config"])
+def test_four_bit_weights_are_trained_by_qlora_alone(within: str) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = _llama_8b() | {"quantization_config": stored}
+    config = config if not within else {"model_type": "gemma3", within: config | {"model_type": "llama"}}
+    assert make_shape(config).is_stored_in_4bit
+    plan = make_plan(make_inputs({}, make_gpu("H100 80GB"), config=config))
+    assert plan.strategy.method == "qlora"
+    for kind in ("full", "lora"):
+        with pytest.raises(
+            PlanError, match=r'model.id: llama-3.2-1b: its weights are stored in 4 bits: only .*"qlora"'
+        ):
+            make_plan(make_inputs({"method": {"kind": kind}}, make_gpu("H100 80GB"), config=config))
 
 
 @pytest.mark.parametrize("stored", [{}, "gptq", {"bits": 4}])

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -336,12 +335,25 @@ def test_the_command_line_says_what_is_wrong_with_the_model_in_one_message(tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_the_hub_is_reachable_where_its_host_takes_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.runtime.model.models.getproxies", dict)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+def test_the_hub_is_reachable_where_it_answers_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert is_hub_reachable()
     assert not is_hub_reachable()
-    monkeypatch.setattr("fitune.runtime.model.models.getproxies", lambda: {"http": "http://proxy"})
-    assert is_hub_reachable()
+
+
+def test_an_unreachable_hub_is_not_asked_again_and_again_behind_a_proxy(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('[model]\nid = "cheese/feta"\n[data]\ntrain = "rows.jsonl"\n')
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    program = (
+        "import sys, time; from fitune.runtime.cli import main\n"
+        "sys.argv = ['fitune', 'plan', '--quick', 'recipe.toml']\n"
+        "waits = []; time.sleep = waits.append\n"
+        "try: main()\n"
+        "finally: sys.exit(f'waited {waits}')"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | nowhere, capture_output=True, text=True, check=False)
+    assert "the hub cannot be reached" in done.stderr
+    assert "waited []" in done.stderr
