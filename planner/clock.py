@@ -161,6 +161,10 @@ class Timer:
         """The whole run by closed forms."""
         return self.rank_seconds(strategy, self.estimate(strategy))
 
+    def find_run_seconds(self, strategy: Strategy) -> float | None:
+        """Of the whole run by closed forms; None where the number of steps or the device's rates are not known."""
+        return None if self.steps is None or self._device.rates is None else self.estimate_seconds(strategy)
+
     def estimate_startup_seconds(self, strategy: Strategy) -> float:
         """Reading the weights, and compiling layers or kernels."""
         return sum(part.seconds for part in estimate_startup_parts(strategy, self._weight_file_bytes))

@@ -15,8 +15,6 @@ from .strategy import Dtype, Strategy
 
 MAX_SHARD_BYTES = 50 * 10**9
 """transformers' save_pretrained starts another file where one would become larger ("50GB")."""
-LOG_BYTES = 16 * 2**20
-"""Plan, recipe, report, metrics and samples, which the monitor thins: a day of them is no more. An estimate."""
 CARD_BYTES = 16 * 2**10
 """Model card, configs and chat template of one folder. An estimate."""
 TOKENIZER_ENTRY_BYTES = 140
@@ -80,12 +78,14 @@ class RunFiles:
     beside_bytes: tokenizer, configs and card in each folder of weights, bytes, estimated
     checkpoints:  how many checkpoints stay; 0 or more
     at_once:      how many there are at most at one time, one that is being written included; 0 or more
+    log_bytes:    of everything beside weights, checkpoints and what lies beside them
     """
 
     weights: WeightFiles
     beside_bytes: int
     checkpoints: int = 0
     at_once: int = 0
+    log_bytes: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -105,7 +105,7 @@ class RunFiles:
     @property
     def total_bytes(self) -> int:
         """Everything in the run's directory at its most: with the result, or while the last checkpoint is written."""
-        return max(self.saved_bytes + self.merged_bytes, self.at_once * self.checkpoint_bytes) + LOG_BYTES
+        return max(self.saved_bytes + self.merged_bytes, self.at_once * self.checkpoint_bytes) + self.log_bytes
 
 
 FilesOf = Callable[[Strategy], WeightFiles | None]
@@ -248,6 +248,7 @@ def lay_files(memory: Memory, files: RunFiles) -> Memory:
         update={
             "phases": tuple(lay(phase) for phase in memory.phases),
             "disk_bytes": files.total_bytes,
+            "log_bytes": files.log_bytes,
             "checkpoints": files.checkpoints,
             "checkpoint_bytes": files.checkpoint_bytes if files.at_once else 0,
         }

@@ -131,6 +131,7 @@ class Memory(Value):
     disk_bytes:           files that the run writes, at their most
     checkpoints:          how many checkpoints stay among them, 0 or more
     checkpoint_bytes:     of each, 0 without any
+    log_bytes:            of them what is neither weights nor a checkpoint: documents, metrics and samples, estimated
     peak_phase:           the phase of peak_allocated_bytes
     components:           what is live at the peak; they add up to peak_allocated_bytes
     phases:               each phase's own peak, in the order of a run
@@ -148,6 +149,7 @@ class Memory(Value):
     disk_bytes: int = Field(ge=0)
     checkpoints: int = Field(default=0, ge=0)
     checkpoint_bytes: int = Field(default=0, ge=0)
+    log_bytes: int = Field(default=0, ge=0)
     peak_phase: str
     components: Components
     phases: tuple[Phase, ...]

@@ -20,6 +20,7 @@ from .clock import Clock, Timer, make_closed_form_clock
 from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
+from .logs import estimate_log_bytes
 from .memory import Estimator, Memory
 from .run_time import count_evaluations
 from .search import Candidate, Found, Measure, find_alike, list_budgets, search, walk_methods
@@ -173,9 +174,9 @@ def make_plan(
     recipe, device, shape = inputs.recipe_file.recipe, inputs.device, inputs.shape
     _check_length(recipe, shape)
     length = inputs.data.longest_row_tokens
-    quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs)
-    exact = None if measure is None else _complete(measure, inputs)
     timer = make_timer(inputs, clock)
+    quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs, timer)
+    exact = None if measure is None else _complete(measure, inputs, timer)
     if inputs.like is None:
         methods = walk_methods(recipe, device, shape)
     else:
@@ -208,7 +209,7 @@ def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length:
     return measure
 
 
-def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
+def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
     """The measure, with RAM and files by phase."""
     recipe, shape, length = inputs.recipe_file.recipe, inputs.shape, inputs.data.longest_row_tokens
     steps = count_planned_steps(recipe, inputs.data.rows)
@@ -219,8 +220,9 @@ def _complete(measure: Measure, inputs: PlanInputs) -> Measure:
         weights = None if inputs.files_of is None else inputs.files_of(strategy)
         if weights is None:
             weights = estimate_weight_files(shape, strategy, merge=recipe.output.merge)
+        log_bytes = estimate_log_bytes(inputs.device, steps=steps, seconds=timer.find_run_seconds(strategy))
         options = [
-            RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=kept, at_once=at_once)
+            RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=kept, at_once=at_once, log_bytes=log_bytes)
             for kept, at_once in counts
         ]
         memory = lay_files(measure(strategy), _choose_files(options, inputs.device))

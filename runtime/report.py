@@ -14,7 +14,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..planner.files import LOG_BYTES
 from ..planner.plan import Plan
 from ..planner.show.reasons import describe_strategy
 from ..planner.strategy import Value
@@ -288,7 +287,11 @@ def _predict_files(plan: Plan, report: RunReport) -> int | None:
     """The files beside the result, with as many checkpoints as there were; None for a run that wrote no result."""
     memory = plan.memory
     saved = sum(phase.disk_bytes or 0 for phase in memory.phases if phase.name == "save" or "merged" in report.output)
-    return saved + LOG_BYTES - (memory.checkpoints - report.checkpoints) * memory.checkpoint_bytes if saved else None
+    return (
+        saved + memory.log_bytes - (memory.checkpoints - report.checkpoints) * memory.checkpoint_bytes
+        if saved
+        else None
+    )
 
 
 def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]) -> None:

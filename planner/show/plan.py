@@ -191,6 +191,11 @@ def _describe_beside(memory: Memory) -> Iterator[Text]:
     for what, sizes in (("RAM", hosts), ("files", files)):
         if sizes:
             yield Text(f"{what} by phase: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items()))
+    if hosts.get("load", 0) > memory.host_bytes:
+        yield Text(
+            "the load's counts the mapped weight file, whose pages the kernel takes back where RAM is short: "
+            f"the run needs {format_bytes(memory.host_bytes)}"
+        )
 
 
 def _render_rejected(rejected: Sequence[Rejected]) -> RenderableType:

@@ -18,14 +18,10 @@ from typing import Any, Self, TextIO
 
 import psutil
 
+from ...planner.logs import DENSE_SECONDS, SAMPLE_SECONDS, SPARSE_SECONDS
 from ...recipes.units import format_bytes
 from .nvml import GpuLostError, GpuSample, Nvml
 from .samples import DeviceShare, EventKind, MonitorEvent, MonitorSummary, Sample, Tally
-
-DENSE_SECONDS = 600.0
-"""For so long every sample is written; a long run's file would otherwise grow by 500 MB a day."""
-SPARSE_INTERVAL_SECONDS = 1.0
-"""After that one sample in this time is written; all of them still count for the maxima."""
 
 
 class ResidentMemory:
@@ -86,7 +82,7 @@ class Monitor:
         *,
         nvml: Nvml | None = None,
         gpu_index: int = 0,
-        interval_seconds: float = 0.05,
+        interval_seconds: float = SAMPLE_SECONDS,
         limit_bytes: int | None = None,
         on_event: Callable[[MonitorEvent], None] | None = None,
         first_phase: str = "load",
@@ -252,7 +248,7 @@ class Monitor:
                 self.report("monitor_failed", f"on_event failed and is not called again: {error!r}")
 
     def _write_sample(self, sample: Sample) -> None:
-        pause_seconds = 0.0 if sample.seconds < DENSE_SECONDS else SPARSE_INTERVAL_SECONDS
+        pause_seconds = 0.0 if sample.seconds < DENSE_SECONDS else SPARSE_SECONDS
         if sample.seconds - self._written_seconds >= pause_seconds:
             self._written_seconds = sample.seconds
             row = asdict(sample)

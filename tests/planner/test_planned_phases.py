@@ -6,8 +6,8 @@ import pytest
 from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
 
 from fitune.planner.estimate import CUDA_HOST_BYTES, estimate_memory, estimate_weight_files
-from fitune.planner.files import LOG_BYTES
 from fitune.planner.host import lay_host
+from fitune.planner.logs import CPU_SAMPLE_BYTES, DOCUMENT_BYTES, STEP_BYTES, estimate_log_bytes
 from fitune.planner.memory import Memory, Phase
 from fitune.planner.plan import Plan, make_plan
 from fitune.planner.strategy import Device, Strategy
@@ -45,7 +45,21 @@ def test_every_phase_has_ram_and_files(device: Device) -> None:
 
 def test_files_of_the_phases_and_the_logs_are_all_of_the_disk() -> None:
     plan = plan_for({"method": {"kind": "qlora"}, "output": {"merge": True}}, H100)
-    assert sum(phase.disk_bytes or 0 for phase in plan.memory.phases) + LOG_BYTES == plan.memory.disk_bytes
+    assert sum(phase.disk_bytes or 0 for phase in plan.memory.phases) + plan.memory.log_bytes == plan.memory.disk_bytes
+
+
+def test_logs_grow_with_the_steps_and_with_the_time_and_are_thinned_after_ten_minutes() -> None:
+    minute, ten, hour = (estimate_log_bytes(CPU, steps=10, seconds=seconds) for seconds in (60, 600, 3600))
+    assert minute == DOCUMENT_BYTES + 10 * STEP_BYTES + 1200 * CPU_SAMPLE_BYTES
+    assert ten - minute == 540 * 20 * CPU_SAMPLE_BYTES
+    assert hour - ten == 3000 * CPU_SAMPLE_BYTES
+    assert estimate_log_bytes(H100, steps=10, seconds=600) > ten
+    assert estimate_log_bytes(CPU, steps=None, seconds=None) > hour
+
+
+def test_a_run_of_a_few_steps_plans_for_small_logs() -> None:
+    few, many = (plan_for({"train": {"max_steps": steps}}, H100).memory.log_bytes for steps in (10, 10_000))
+    assert few < 2 * 2**20 < many
 
 
 FULL: dict[str, Any] = {"method": {"kind": "full"}, "train": {"max_steps": 100, "optimizer": "adamw"}}
@@ -66,7 +80,7 @@ def test_a_checkpoint_holds_what_is_trained_and_the_states_of_the_optimizer() ->
 
 def test_a_new_checkpoint_is_there_before_the_oldest_goes() -> None:
     plan = plan_for({**FULL, "output": {"save_every": 1}}, H100)
-    assert plan.memory.disk_bytes == 3 * plan.memory.checkpoint_bytes + LOG_BYTES
+    assert plan.memory.disk_bytes == 3 * plan.memory.checkpoint_bytes + plan.memory.log_bytes
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_no_fit() -> None:

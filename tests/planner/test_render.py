@@ -163,3 +163,11 @@ def test_a_constant_that_was_learnt_is_shown_with_where_it_comes_from(width: int
     assert "763.0 MiB beside: 3 runs" in squeeze(text)
     assert set(CONSTANT.source.split()) <= set(squeeze(text).split())
     assert "beside:" not in render(PLANS["fits"], width)
+
+
+def test_the_ram_of_loading_is_explained_where_it_counts_pages_of_the_weight_file() -> None:
+    on_gpu = plan_for({"model": {"id": "qwen3-8b"}}, make_gpu("RTX 4090"))
+    text = squeeze(render(on_gpu))
+    assert "the load's counts the mapped weight file, whose pages the kernel takes back where RAM is short" in text
+    assert f"the run needs {format_bytes(on_gpu.memory.host_bytes)}" in text
+    assert "mapped weight file" not in render(plan_for({}, CPU))

@@ -175,7 +175,7 @@ def test_stopping_what_never_started_does_nothing(tmp_path: Path) -> None:
 
 def test_a_long_runs_file_is_thinned_and_its_maxima_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor_module, "DENSE_SECONDS", 0.0)
-    monkeypatch.setattr(monitor_module, "SPARSE_INTERVAL_SECONDS", NEVER_SECONDS)
+    monkeypatch.setattr(monitor_module, "SPARSE_SECONDS", NEVER_SECONDS)
     with Monitor(tmp_path / "samples.jsonl", interval_seconds=0.005) as monitor:
         wait_for_samples(monitor, 5)
     assert len(read_rows(tmp_path / "samples.jsonl")) == 1
