@@ -95,7 +95,7 @@ class TimelinePoint(NamedTuple):
 
 class Timeline(Value):
     """Live tensors over one optimizer step: of each of about 240 equal parts of its allocations and frees the highest
-    instant. The highest of all is the run's peak_allocated_bytes.
+    instant. The highest of all is the run's peak_allocated_bytes where that is in the step.
 
     phases:        names that the points refer to
     micro_batches: forward and backward passes of the step; the first one and the highest of the others are shown

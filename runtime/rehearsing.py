@@ -17,6 +17,7 @@ from ..planner.search import Measure
 from ..planner.views import Case
 
 if TYPE_CHECKING:
+    from .rehearsal.evaluation import Passes
     from .rehearsal.trace import Traces
 
 TRACES_KEPT = 4
@@ -27,7 +28,7 @@ class Rehearsals:
     """Rehearsals of the step; those of the same model on rows of the same length share their traces."""
 
     def __init__(self) -> None:
-        self._traces: dict[tuple[str, int, int | None], Traces] = {}
+        self._traces: dict[tuple[str, int, int | None, Passes], Traces] = {}
 
     def find(self, config: Mapping[str, Any], inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
@@ -45,12 +46,16 @@ class Rehearsals:
         return rehearsal.measure, rehearsal.time
 
     def _find_traces(self, config: Mapping[str, Any], inputs: PlanInputs) -> Traces:
+        from .rehearsal.evaluation import Passes
         from .rehearsal.trace import Traces
 
         length, documents = inputs.data.longest_row_tokens, inputs.data.documents_per_row
-        key = json.dumps(config, sort_keys=True, default=str), length, documents
+        data = inputs.recipe_file.recipe.data
+        holds_out = data.eval is not None
+        passes = Passes(evaluates=holds_out or data.forgetting is not None, answers=holds_out)
+        key = json.dumps(config, sort_keys=True, default=str), length, documents, passes
         traces = self._traces.pop(key, None)
-        traces = traces or Traces(config, sequence_length=length, documents_per_row=documents)
+        traces = traces or Traces(config, sequence_length=length, documents_per_row=documents, passes=passes)
         self._traces[key] = traces
         while len(self._traces) > TRACES_KEPT:
             del self._traces[next(iter(self._traces))]

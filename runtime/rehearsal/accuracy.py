@@ -159,7 +159,7 @@ def compare(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) -
     strategy, length = make_strategy(row, shape.layers), row["sequence_length"]
     return Comparison(
         row=row,
-        predicted=rehearse(config, strategy, device, sequence_length=length, merge=False),
+        predicted=rehearse(config, strategy, device, sequence_length=length, merge=False, as_measured=True),
         closed_forms=estimate_memory(shape, strategy, device, sequence_length=length, merge=False),
     )
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..model.attention import choose_kept, keep_attention
 from ..training import losses
 from .attention import FLASH_MAX_HEAD_DIM
+from .fakes import Slot, list_slots
 from .watch import StorageWatch
 
 _aten = torch.ops.aten
@@ -37,8 +38,6 @@ RNG_STATE_BYTES = 16
 """State of CUDA's random number generator."""
 HANDED_ON = frozenset({"num_items_in_batch", "output_attentions", "output_hidden_states"})
 """Arguments of models that those hand on to their layers: for the loss, and what a training step never asks for."""
-Slot = tuple[dict[str, Any], str]
-"""A place that holds a tensor: a table and its key."""
 MAX_COMPILED = 64
 """Traced layers that are remembered: those of some ten strategies."""
 _compiled: dict[Hashable, Callable[..., Any]] = {}
@@ -59,6 +58,8 @@ def compiled_layers(layers: Sequence[nn.Module], kinds: Sequence[Hashable], watc
             layer.forward = _Layer(layer, kind)
         yield
     finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
         _watch.reset(token)
         vars(losses)["_differentiate_compiled"] = differentiate
 
@@ -87,7 +88,7 @@ class _Layer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if name not in self.unread}
-        slots = _list_slots(self.layer)
+        slots = list_slots(self.layer)
         flat, layout = tree_flatten((args, kwargs))
         places = [index for index, one in enumerate(flat) if isinstance(one, Tensor)]
         inputs = [*(table[key] for table, key in slots), *(flat[index] for index in places)]
@@ -147,18 +148,6 @@ def _saves_attention(layer: nn.Module) -> bool:
 def _copy_layout(tensor: Tensor) -> Tensor:
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return fake.requires_grad_(tensor.requires_grad)
-
-
-def _list_slots(layer: nn.Module) -> list[Slot]:
-    """Where a layer's tensors are: parameters, buffers, and the constants of 4-bit weights."""
-    slots: list[Slot] = []
-    for module in layer.modules():
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            tables += [vars(state)] + ([vars(state.state2)] if state.nested else [])
-        slots += [(table, key) for table in tables for key, one in table.items() if isinstance(one, Tensor)]
-    return slots
 
 
 @contextlib.contextmanager

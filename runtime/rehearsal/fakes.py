@@ -12,6 +12,9 @@ from ...planner.strategy import Strategy
 from ..training.step import TORCH_DTYPES
 from .model import is_nf4
 
+Slot = tuple[dict[str, Any], str]
+"""A place that holds a tensor: a table and its key."""
+
 
 def make_fakes(model: nn.Module, strategy: Strategy) -> None:
     """Replace every parameter and buffer by a fake one; call it under FakeTensorMode."""
@@ -61,3 +64,15 @@ def _make_nf4(module: Any, strategy: Strategy) -> Tensor:
     weight = nn.Parameter(torch.empty(-(-elements // 2), 1, dtype=torch.uint8), requires_grad=False)
     weight.quant_state = module.quant_state = state  # type: ignore[attr-defined]
     return weight
+
+
+def list_slots(model: nn.Module) -> list[Slot]:
+    """Where a module's tensors are: parameters, buffers, and the constants of 4-bit weights."""
+    slots: list[Slot] = []
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            tables += [vars(state)] + ([vars(state.state2)] if state.nested else [])
+        slots += [(table, key) for table in tables for key, one in table.items() if isinstance(one, Tensor)]
+    return slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ...planner.allocator import SEGMENT_ORDERS, CachingAllocator, SegmentOrder
@@ -19,9 +20,11 @@ from ...planner.timeline import EventLog, make_timeline
 from ...recipes.errors import DeviceError, ModelError
 from .collector import collector_paused
 from .cuda import CudaCard
+from .evaluation import NO_PASSES, Passes
+from .loading import replay_adapters, replay_float8, replay_loading, replay_measured_loading
 from .model import TensorSpec
 from .replay import Replay, keep_highest
-from .states import replay_adapters, replay_clip, replay_float8, replay_optimizer, replay_weights
+from .states import replay_clip, replay_optimizer
 from .time import time_step
 from .trace import TracedStep, Traces, trace_step
 
@@ -36,16 +39,27 @@ FLASH_KERNEL_BYTES = 16 * MiB
 """The module of FlashAttention's kernels, loaded at its first use (measured: rows with eager attention lack it)."""
 DRIVER_BYTES = 480 * MiB
 """Of an H100's memory as NVML names it, what the driver keeps from every process: 81,559 MiB are 81,079 to CUDA."""
-DEVICE_MARGIN = 0.025
+DEVICE_MARGIN = 0.0275
 """Added to what is required, for what the rehearsal does not know (for the 95 measured rows 2.05 % suffices)."""
-STEP_PHASES = ("forward", "backward", "clip", "optimizer")
+SPREADS = 2
+"""How often the range of the replays in several orders is added to the highest."""
 
 
 @collector_paused()
 def rehearse(
-    config: Mapping[str, Any], strategy: Strategy, device: Device, *, sequence_length: int, merge: bool
+    config: Mapping[str, Any],
+    strategy: Strategy,
+    device: Device,
+    *,
+    sequence_length: int,
+    merge: bool,
+    passes: Passes = NO_PASSES,
+    as_measured: bool = False,
 ) -> Memory:
     """The memory of a run of `strategy` on rows of `sequence_length` tokens.
+
+    passes:      what it does without gradients
+    as_measured: whether weights are loaded as by the process that the measured rows come from
 
     On a CPU, whose memory no caching allocator holds, these are the closed forms. A ModelError where transformers
     cannot build the model.
@@ -55,47 +69,66 @@ def rehearse(
         if quick is None:
             raise ModelError(f"config.json: model_type: {config.get('model_type')}: there is no closed form for a CPU")
         return quick
-    traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length)
-    return _measure(traced, strategy, device, quick, merge=merge)
+    traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length, passes=passes)
+    return _measure(traced, strategy, device, quick, as_measured=as_measured, merge=merge)
 
 
-def _measure(traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool) -> Memory:
+def _measure(
+    traced: TracedStep,
+    strategy: Strategy,
+    device: Device,
+    quick: Memory | None,
+    *,
+    merge: bool,
+    as_measured: bool = False,
+) -> Memory:
     """The run as the measured driver gives out addresses; of one that fits, what other orders of them require too."""
-    limit_bytes = device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
-    replay = _replay_within(traced, strategy, limit_bytes)
+    run = partial(_replay_within, traced, strategy, count_limit(strategy, device), as_measured=as_measured)
+    replay = run()
     memory = _summarise(replay, traced, strategy, device, quick, merge=merge)
     if strategy.expandable_segments or memory.required_bytes > memory.budget_bytes:
         return memory
-    others = [_replay_within(traced, strategy, limit_bytes, order) for order in SEGMENT_ORDERS[1:]]
+    others = [run(order=order) for order in SEGMENT_ORDERS[1:]]
     unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in (replay, *others)])
     return memory.model_copy(update={"required_bytes": _require(memory.peak_device_bytes + unsure_bytes)})
 
 
 def _replay_within(
-    traced: TracedStep, strategy: Strategy, limit_bytes: int, order: SegmentOrder = SEGMENT_ORDERS[0]
+    traced: TracedStep,
+    strategy: Strategy,
+    limit_bytes: int,
+    *,
+    order: SegmentOrder = SEGMENT_ORDERS[0],
+    as_measured: bool = False,
 ) -> Replay:
     """replay_run, once for all cards whose memory it never meets the end of."""
-    known = traced.replays.get((strategy, order))
+    key = strategy, order, as_measured
+    known = traced.replays.get(key)
     if known is not None and known.allocator.peak_reserved_bytes <= limit_bytes:
         return known
-    replay = replay_run(traced, strategy, limit_bytes=limit_bytes, order=order)
+    replay = replay_run(traced, strategy, limit_bytes=limit_bytes, order=order, as_measured=as_measured)
     if not replay.allocator.retries:
-        traced.replays[strategy, order] = replay
+        traced.replays[key] = replay
     return replay
+
+
+def count_limit(strategy: Strategy, device: Device) -> int:
+    """What of the card the allocator can have."""
+    return device.memory_bytes - DRIVER_BYTES - context_bytes(strategy, device)
 
 
 def _require(device_bytes: int) -> int:
     return int(device_bytes * (1 + DEVICE_MARGIN))
 
 
-def count_unsure(reserved_bytes: Sequence[int]) -> int:
+def count_unsure(reserved_bytes: Sequence[int], *, spreads: int = SPREADS) -> int:
     """How far what is reserved may exceed the first of several replays that differ only in what nothing decides.
 
-    The highest of them, and their range on top: the true one need not lie between a few samples. 0 for a run that is
-    not sensitive, as most are.
+    The highest of them, and their range `spreads` times on top: the true one need not lie between a few samples. 0 for
+    a run that is not sensitive, as most are.
     """
     highest = max(reserved_bytes)
-    return highest - reserved_bytes[0] + highest - min(reserved_bytes)
+    return highest - reserved_bytes[0] + spreads * (highest - min(reserved_bytes))
 
 
 def _estimate_quickly(
@@ -162,16 +195,43 @@ def context_bytes(strategy: Strategy, device: Device) -> int:
 
 
 def replay_run(
-    traced: TracedStep, strategy: Strategy, *, limit_bytes: int | None, order: SegmentOrder = SEGMENT_ORDERS[0]
+    traced: TracedStep,
+    strategy: Strategy,
+    *,
+    limit_bytes: int | None,
+    order: SegmentOrder = SEGMENT_ORDERS[0],
+    as_measured: bool = False,
 ) -> Replay:
-    """Weights, adapters and STEPS optimizer steps through the allocator."""
+    """A run through the allocator: loading, what it evaluates and answers before and after STEPS steps, saving."""
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable=strategy.expandable_segments, order=order)
     replay = Replay(allocator)
-    model, trainable = traced.model, traced.model.trainable
-    replay_weights(replay, model, strategy)
-    replay_adapters(replay, model)
+    load = replay_measured_loading if as_measured else replay_loading
+    load(replay, traced.model, strategy)
+    replay_adapters(replay, traced.model)
     if strategy.float8:
-        replay_float8(replay, model)
+        replay_float8(replay, traced.model)
+    _replay_passes(replay, traced)
+    _replay_steps(replay, traced, strategy)
+    _replay_passes(replay, traced)
+    replay.start_log()
+    replay.enter("save")
+    return replay
+
+
+def _replay_passes(replay: Replay, traced: TracedStep) -> None:
+    """What the run does without gradients."""
+    for one in (traced.evaluation, traced.answer):
+        if one is not None:
+            replay.start_log()
+            replay.enter("evaluate")
+            for segment in one.segments:
+                replay.play(segment.events, one.recording)
+            replay.end_play(one.recording)
+
+
+def _replay_steps(replay: Replay, traced: TracedStep, strategy: Strategy) -> None:
+    """STEPS optimizer steps; fewer, where they repeat."""
+    allocator, trainable = replay.allocator, traced.model.trainable
     for step in range(STEPS):
         segments_before = allocator.segments
         logs: list[EventLog] = []
@@ -193,7 +253,6 @@ def replay_run(
         replay.keep_step(logs)
         if step and allocator.segments == segments_before:
             break  # the step began and ended with the same blocks, so every other one is like it
-    return replay
 
 
 def _make_update(replay: Replay, strategy: Strategy, *, first: bool) -> Callable[[Sequence[TensorSpec]], None]:
@@ -211,15 +270,17 @@ def _make_update(replay: Replay, strategy: Strategy, *, first: bool) -> Callable
 def _summarise(
     replay: Replay, traced: TracedStep, strategy: Strategy, device: Device, quick: Memory | None, *, merge: bool
 ) -> Memory:
-    """Load and step from the replay; evaluation, saving and merging, RAM and disk from the closed forms."""
-    peak_phase = replay.highest([phase for phase in STEP_PHASES if phase in replay.peaks])
+    """The device from the replay; RAM and disk from the closed forms. A merge happens in RAM."""
+    peak_phase = replay.highest()
     peak = replay.peaks[peak_phase]
     reserved = replay.allocator.peak_reserved_bytes
     device_bytes = reserved + context_bytes(strategy, device) + replay.managed_bytes
-    outside = {} if quick is None else {phase.name: phase.peak_allocated_bytes for phase in quick.phases}
-    allocated = {**outside, **{name: one.allocated_bytes for name, one in replay.peaks.items()}}
+    merges = merge and strategy.method != "full"
+    allocated = {name: one.allocated_bytes for name, one in replay.peaks.items()}
+    if merges:
+        allocated["merge"] = 0
     trained = sum(spec.elements * spec.width for spec in traced.model.trainable)
-    merged = 2 * sum(spec.elements for spec in traced.model.weights) if merge and strategy.method != "full" else 0
+    merged = 2 * sum(spec.elements for spec in traced.model.weights.values()) if merges else 0
     return Memory(
         peak_allocated_bytes=peak.allocated_bytes,
         peak_reserved_bytes=reserved,

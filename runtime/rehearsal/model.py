@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...planner.strategy import Strategy
 from ...recipes.errors import ModelError
-from ..model.build import add_adapters, find_layers, make_quantization, name_attention, prepare_training
+from ..model.build import (
+    add_adapters,
+    find_layers,
+    keep_cpu_weights_trainable,
+    make_quantization,
+    name_attention,
+    prepare_training,
+)
 from ..model.linear_4bit import make_compilable
 from ..model.linear_float8 import find_convertible
 from ..quiet import quiet_libraries
@@ -34,6 +41,7 @@ class TensorSpec:
     width:     bytes of an element
     quantized: whether it is stored in NF4 (elements are those of the unpacked weight)
     float8:    whether it is stored in float8 after it was read in `width` bytes
+    transposed: whether its file has it the other way around, as GPT-2's
     trainable: whether the optimizer updates it
     """
 
@@ -44,6 +52,7 @@ class TensorSpec:
     width: int
     quantized: bool = False
     float8: bool = False
+    transposed: bool = False
     trainable: bool = False
 
 
@@ -73,7 +82,7 @@ class RehearsalModel:
     cut:         how the traced ones stand for the whole model
     sketch:      what of the cut the trace depends on
     tensors:     the parameters of the cut model
-    weights:     every parameter and buffer of the whole base model, in the order in which they are made
+    weights:     every parameter and buffer of the whole base model by its path, in the order in which they are made
     tied:        whether the LM head shares the embeddings' weight
     """
 
@@ -84,7 +93,7 @@ class RehearsalModel:
     cut: Cut
     sketch: Hashable
     tensors: ModelTensors
-    weights: tuple[TensorSpec, ...]
+    weights: Mapping[str, TensorSpec]
     tied: TensorSpec | None
 
     @property
@@ -167,6 +176,7 @@ def _quantize(base: Any, strategy: Strategy) -> None:
         if is_nf4(module, "weight") and module.bias is not None:
             bias = module.bias.to(TORCH_DTYPES[strategy.weights_dtype])
             module.bias = nn.Parameter(bias, requires_grad=False)
+    keep_cpu_weights_trainable(base)
     base.is_quantized = base.is_loaded_in_4bit = True
     base.quantization_method, base.config.quantization_config = settings.quant_method, settings
 
@@ -177,10 +187,13 @@ def is_nf4(module: nn.Module, name: str) -> bool:
 
 
 def _make_spec(module: nn.Module, name: str, tensor: Tensor) -> TensorSpec:
+    from transformers.pytorch_utils import Conv1D
+
     if not is_nf4(module, name):
         return make_tensor_spec(tensor)
     shape = torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
-    return replace(make_tensor_spec(tensor, shape), quantized=True)
+    transposed = issubclass(cast(Any, module).source_cls, Conv1D)
+    return replace(make_tensor_spec(tensor, shape), quantized=True, transposed=transposed)
 
 
 def make_tensor_spec(tensor: Tensor, shape: torch.Size | None = None) -> TensorSpec:
@@ -206,13 +219,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
                 yield f"{path}.{name}", module, name, tensor
 
 
-def _list_weights(base: Any, strategy: Strategy) -> tuple[TensorSpec, ...]:
+def _list_weights(base: Any, strategy: Strategy) -> dict[str, TensorSpec]:
     """The tensors as they are read, and which of them are stored in float8 once adapters have frozen them."""
     in_float8 = {id(one.weight) for one in find_convertible(base.requires_grad_(False))} if strategy.float8 else set()
-    return tuple(
-        replace(_make_spec(module, name, tensor), float8=id(tensor) in in_float8)
-        for _, module, name, tensor in _tensors(base)
-    )
+    return {
+        path: replace(_make_spec(module, name, tensor), float8=id(tensor) in in_float8)
+        for path, module, name, tensor in _tensors(base)
+    }
 
 
 def _find_tied(base: Any) -> TensorSpec | None:

@@ -127,9 +127,9 @@ class Replay:
             peak.allocated_bytes = allocator.allocated_bytes
             peak.components = dict(self._totals)
 
-    def highest(self, phases: Sequence[str]) -> str:
-        """The phase, of these, with the highest peak of allocated memory."""
-        return max(phases, key=lambda phase: self.peaks[phase].allocated_bytes)
+    def highest(self) -> str:
+        """The phase with the highest peak of allocated memory; the first of several."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase].allocated_bytes)
 
 
 def keep_highest(logs: list[EventLog], log: EventLog) -> list[EventLog]:

@@ -1,13 +1,13 @@
-"""What is allocated outside of forward and backward: weights as they are made, clipping, the optimizer's states."""
+"""What is allocated between backward and the next forward: clipping, the optimizer's states and its update."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
-from ...planner.arithmetic import NF4_BLOCK, NF4_NESTED_BLOCK, PAGED_MIN_ELEMENTS, STATE8_BLOCK, STATE8_MIN_ELEMENTS
-from ...planner.strategy import DTYPE_BYTES, Strategy
+from ...planner.arithmetic import PAGED_MIN_ELEMENTS, STATE8_BLOCK, STATE8_MIN_ELEMENTS
+from ...planner.strategy import Strategy
 from ..training.optimizers import CHUNK_ELEMENTS
-from .model import RehearsalModel, TensorSpec
+from .model import TensorSpec
 from .replay import Replay
 
 SCALAR_BYTES = 4
@@ -16,82 +16,6 @@ CODE_BYTES = 256 * 4
 NF4_CODE_BYTES = 16 * 4
 FOREACH_CHUNK_ELEMENTS = 65536
 """torch's foreach kernels reduce each tensor in chunks of this many elements (ForeachReduceOp.cu)."""
-
-
-def replay_weights(replay: Replay, model: RehearsalModel, strategy: Strategy) -> None:
-    """The base model's tensors one after the other, then the cache emptied, as after loading.
-
-    NF4 weights are quantised one at a time from a 16-bit one; a tied LM head is made and dropped.
-    """
-    if strategy.double_quantization:
-        replay.allocate("table", CODE_BYTES, "weights")
-    for number, spec in enumerate(model.weights):
-        if spec.quantized:
-            _replay_quantization(replay, ("weights", number), spec, strategy)
-        elif strategy.method == "qlora" and spec.dimensions:
-            _replay_scaled(replay, ("weights", number), spec)
-        else:
-            replay.allocate(("weights", number), spec.elements * spec.width, "weights")
-    if model.tied is not None:
-        _replay_scaled(replay, "tied head", model.tied)
-        replay.free("tied head")
-    replay.allocator.empty_cache()
-
-
-def _replay_scaled(replay: Replay, key: Hashable, spec: TensorSpec) -> None:
-    """A tensor that is read and converted: twice there for a moment."""
-    size = spec.elements * spec.width
-    replay.allocate("read", size, "temporary")
-    replay.allocate(key, size, "weights")
-    replay.free("read")
-
-
-def _replay_quantization(replay: Replay, key: tuple[str, int], spec: TensorSpec, strategy: Strategy) -> None:
-    """bitsandbytes.functional.quantize_4bit: packed weight, block constants, and those again in 8 bits."""
-    full = spec.elements * DTYPE_BYTES[strategy.compute_dtype]
-    blocks = -(-spec.elements // NF4_BLOCK)
-    replay.allocate("read", full, "temporary")
-    replay.allocate("full", full, "temporary")
-    replay.free("read")
-    replay.allocate((*key, "absmax"), 4 * blocks, "weights")
-    replay.allocate((*key, "packed"), -(-spec.elements // 2), "weights")
-    replay.allocate((*key, "code"), NF4_CODE_BYTES, "weights")
-    if strategy.double_quantization:
-        replay.allocate((*key, "offset"), SCALAR_BYTES, "weights")
-        replay.allocate("centred", 4 * blocks, "temporary")
-        replay.allocate((*key, "absmax2"), 4 * -(-blocks // NF4_NESTED_BLOCK), "weights")
-        replay.allocate((*key, "absmax8"), blocks, "weights")
-        replay.allocate((*key, "code2"), CODE_BYTES, "weights")
-        replay.free("centred")
-        replay.free((*key, "absmax"))
-    replay.free("full")
-
-
-def replay_adapters(replay: Replay, model: RehearsalModel) -> None:
-    """peft makes an adapter's matrices in the weights' 16 bits; those wanted in fp32 are copied afterwards."""
-    for number, spec in enumerate(model.adapters):
-        replay.allocate(("made", number), 2 * spec.elements, "adapters")
-    for number, spec in enumerate(model.adapters):
-        if spec.width == 2:
-            continue
-        replay.allocate(("adapters", number), spec.width * spec.elements, "adapters")
-        replay.free(("made", number))
-
-
-def replay_float8(replay: Replay, model: RehearsalModel) -> None:
-    """runtime.model.linear_float8.use_float8: one weight after the other by way of fp32, then the cache emptied."""
-    for number, spec in enumerate(model.weights):
-        if not spec.float8:
-            continue
-        replay.temporary(spec.elements * spec.width)
-        replay.allocate(("weights", number, "scale"), SCALAR_BYTES, "weights")
-        for part in ("wide", "scaled"):
-            replay.allocate(part, 4 * spec.elements, "temporary")
-        replay.free("wide")
-        replay.allocate(("weights", number, "float8"), spec.elements, "weights")
-        replay.free("scaled")
-        replay.free(("weights", number))
-    replay.allocator.empty_cache()
 
 
 def replay_clip(replay: Replay, trainable: Sequence[TensorSpec]) -> None:

@@ -25,20 +25,20 @@ from .attention import known_documents
 from .compile import compiled_layers
 from .cost import Operation, current_ledger, kept_ledger
 from .cuda import CudaCard, cuda_semantics
+from .evaluation import NO_PASSES, UNTRACEABLE, Answers, Passes, record_passes
 from .fakes import make_fakes
 from .host_work import counted_host_work
 from .kernels import noted_launches
 from .layers import NotPeriodic, Segment, extend, split_segments
 from .model import RehearsalModel, build_rehearsal_model
 from .replay import Replay
+from .sections import marked_sections
 from .updates import record_updates
 from .watch import Recording, StorageWatch
 
 SHORT_DOCUMENT_TOKENS = 64
 """A packed row of a dataset that is not read is planned for documents of this length. A choice: half of the rows of
 instruction sets such as Alpaca's are longer than 80 tokens."""
-UNTRACEABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model raises on fake tensors when it reads their values, or when its config's sizes do not fit together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class TracedStep:
     first:     segments of the first micro-batch
     next:      segments of any later one, which finds gradients to add to; empty without accumulation
     replays:   those of it that met no limit of memory, by strategy and order of segments
+    evaluation, answer: what the run does without gradients; None for what was not asked for or cannot be traced
     """
 
     model: RehearsalModel
@@ -58,17 +59,32 @@ class TracedStep:
     operations: Sequence[Operation]
     first: list[Segment]
     next: list[Segment]
-    replays: dict[tuple[Strategy, SegmentOrder], Replay] = field(default_factory=dict, compare=False)
+    replays: dict[tuple[Strategy, SegmentOrder, bool], Replay] = field(default_factory=dict, compare=False)
+    evaluation: TracedPass | None = None
+    answer: TracedPass | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedPass:
+    """Forwards without gradients on the whole model: their segments, and the storages in them."""
+
+    recording: Recording
+    segments: list[Segment]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedStep:
-    """The step on the cut model, as it was recorded; micro_batches: how many it has."""
+    """The step on the cut model, and what the run does without gradients, as they were recorded.
+
+    micro_batches: of the step
+    """
 
     model: RehearsalModel
     recording: Recording
     operations: Sequence[Operation]
     micro_batches: int
+    evaluation: Recording | None = None
+    answer: Recording | None = None
 
     def extend(self) -> TracedStep:
         """The step on the whole model; NotPeriodic where its layers do not repeat."""
@@ -83,7 +99,16 @@ class RecordedStep:
             operations=self.operations,
             first=[one for one in first if one.name != "build"],
             next=segments[starts[1] :] if self.micro_batches > 1 else [],
+            evaluation=self._extend_pass(self.evaluation),
+            answer=self._extend_pass(self.answer),
         )
+
+    def _extend_pass(self, recorded: Recording | None) -> TracedPass | None:
+        if recorded is None:
+            return None
+        recording = recorded.fork()
+        segments = extend(recording, split_segments(recording, self.model.cut), self.model.cut)
+        return TracedPass(recording=recording, segments=[one for one in segments if one.name != "build"])
 
 
 class Traces:
@@ -94,10 +119,18 @@ class Traces:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], *, sequence_length: int, documents_per_row: int | None = None
+        self,
+        config: Mapping[str, Any],
+        *,
+        sequence_length: int,
+        documents_per_row: int | None = None,
+        passes: Passes = NO_PASSES,
     ) -> None:
-        """documents_per_row: of packed rows, the most, padding as one of them; None where it is not known"""
+        """documents_per_row: of packed rows, the most, padding as one of them; None where it is not known
+        passes: what the run does without gradients
+        """
         self.config, self.sequence_length = dict(config), sequence_length
+        self._passes, self._answers = passes, Answers()
         self._documents_per_row = documents_per_row or ceil(sequence_length / SHORT_DOCUMENT_TOKENS)
         self._traced: dict[tuple[CudaCard, Strategy], TracedStep] = {}
         self._recorded: dict[tuple[CudaCard, Strategy], list[RecordedStep]] = defaultdict(list)
@@ -121,36 +154,62 @@ class Traces:
     def _trace(self, step: Strategy, card: CudaCard) -> TracedStep:
         documents = count_starts(step.micro_batch_size * self._documents_per_row) - 1
         with known_documents(documents if step.attention == "varlen" else None):
-            return self._record(step, card)
+            return self._extend(step, card)
 
-    def _record(self, step: Strategy, card: CudaCard) -> TracedStep:
+    def _extend(self, step: Strategy, card: CudaCard) -> TracedStep:
         recorded = self._recorded[card, step.model_copy(update={"checkpointed_layers": 0})]
         for one in recorded:
             model = one.model.find_like(step)
             if model is not None:
                 return replace(one, model=model).extend()
-        recorded.append(record_step(self.config, step, card, sequence_length=self.sequence_length))
+        recorded.append(self._record(step, card))
         try:
             return recorded[-1].extend()
         except NotPeriodic:
-            return record_step(self.config, step, card, sequence_length=self.sequence_length, cut=False).extend()
+            return self._record(step, card, cut=False).extend()
+
+    def _record(self, step: Strategy, card: CudaCard, *, cut: bool = True) -> RecordedStep:
+        length, passes = self.sequence_length, self._passes
+        return record_step(
+            self.config, step, card, sequence_length=length, cut=cut, passes=passes, answers=self._answers
+        )
 
 
-def trace_step(config: Mapping[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int) -> TracedStep:
+def trace_step(
+    config: Mapping[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int, passes: Passes = NO_PASSES
+) -> TracedStep:
     """Trace a step: few layers, and the middle ones' events repeated."""
-    return Traces(config, sequence_length=sequence_length).find(strategy, card)
+    return Traces(config, sequence_length=sequence_length, passes=passes).find(strategy, card)
 
 
 def record_step(
-    config: dict[str, Any], strategy: Strategy, card: CudaCard, *, sequence_length: int, cut: bool = True
+    config: dict[str, Any],
+    strategy: Strategy,
+    card: CudaCard,
+    *,
+    sequence_length: int,
+    cut: bool = True,
+    passes: Passes = NO_PASSES,
+    answers: Answers | None = None,
 ) -> RecordedStep:
-    """Run a step on fakes; cut: on few layers."""
+    """Run a step on fakes, and the passes without gradients.
+
+    cut:     on few layers
+    answers: as in record_passes
+    """
+    answers = {} if answers is None else answers
     with _trace_errors(config["model_type"]):
         model = build_rehearsal_model(config, strategy, cut=cut)
-    with _trace_errors(type(model.base).__name__):
+    with _trace_errors(type(model.base).__name__), FakeTensorMode(allow_non_fake_inputs=True):
         watch, micro_batches = _record(model, strategy, card, sequence_length)
+        evaluation, answer = record_passes(model, strategy, card, passes, answers, sequence_length=sequence_length)
     return RecordedStep(
-        model=model, recording=watch.recording, operations=watch.ledger.operations, micro_batches=micro_batches
+        model=model,
+        recording=watch.recording,
+        operations=watch.ledger.operations,
+        micro_batches=micro_batches,
+        evaluation=evaluation,
+        answer=answer,
     )
 
 
@@ -169,12 +228,11 @@ def _record(
     watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
     micro_batches = min(2, strategy.gradient_accumulation_steps)
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
         watch,
         cuda_semantics(),
         kept_ledger(watch.ledger),
         counted_host_work(watch),
-        _marks(model, watch),
+        marked_sections(model, watch),
     ):
         watch.enter("build", "weights")
         make_fakes(model.model, strategy)
@@ -253,50 +311,3 @@ def run_backward(loss: Tensor) -> None:
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-
-
-@contextlib.contextmanager
-def _marks(model: RehearsalModel, watch: StorageWatch) -> Iterator[None]:
-    """Tell the watch where each layer begins, in forward by hooks on the modules, in backward on their gradients."""
-    last = len(model.layers) - 1
-    head = model.base.get_output_embeddings()
-
-    def hidden_of(values: Any) -> Tensor | None:
-        first = values[0] if isinstance(values, tuple) and values else values
-        return first if isinstance(first, Tensor) else None
-
-    def on_gradient(hidden: Tensor | None, section: str) -> None:
-        if hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda _: watch.enter(section, "temporary"))
-
-    def begin(layer: int, args: Any, kwargs: Any) -> None:
-        if watch.backward:
-            return
-        watch.enter(f"forward {layer}", "activations")
-        if layer:
-            on_gradient(hidden_of(args or kwargs.get("hidden_states")), f"backward {layer - 1}")
-        else:
-            on_gradient(hidden_of(args or kwargs.get("hidden_states")), "backward")
-
-    def end(layer: int, output: Any) -> None:
-        if not watch.backward and layer == last:
-            on_gradient(hidden_of(output), f"backward {last}")
-            watch.enter("forward", "activations")
-
-    def begin_head() -> None:
-        if not watch.backward:
-            watch.enter("forward", "loss_head")
-
-    handles = [head.register_forward_pre_hook(lambda *_: begin_head())]
-    for index, layer in enumerate(model.layers):
-        handles.append(
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs, index=index: begin(index, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(layer.register_forward_hook(lambda _, __, output, index=index: end(index, output)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

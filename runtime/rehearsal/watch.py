@@ -24,6 +24,8 @@ LT_WORKSPACE_BYTES = 2**20
 """cuBLASLt's workspace, which products with a bias use (CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE)."""
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
 """bitsandbytes' product with a packed weight."""
+PACKED_PRODUCTS = frozenset({FUSED_4BIT, "fitune::multiply_4bit"})
+"""Products with a packed weight: they dequantise it and multiply."""
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset(
     {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._scaled_mm.default}
@@ -127,9 +129,9 @@ class StorageWatch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         results = result if isinstance(result, list | tuple) else (result,)
         for one in reversed(results) if func in _LAST_FIRST else results:
-            if isinstance(one, FakeTensor):
+            if isinstance(one, torch.Tensor):
                 self.see(one)
-        if func in _MATRIX_PRODUCTS or func.name() == FUSED_4BIT:
+        if func in _MATRIX_PRODUCTS or func.name() in PACKED_PRODUCTS:
             self._hold_workspace(has_bias=_has_bias(func, args, kwargs or {}))
         self.ledger.note(func, args, kwargs, result)
         for number in held:

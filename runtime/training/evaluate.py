@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ...planner.run_time import ANSWER_TOKENS
 from ...planner.strategy import Strategy
@@ -23,21 +25,31 @@ if TYPE_CHECKING:
 
 def evaluate(built: BuiltModel, rows: TokenizedRows, strategy: Strategy, device: torch.device) -> float:
     """Mean cross-entropy of the held-out rows' trained tokens; leaves the model in training mode."""
+    batches = iterate_eval_batches(rows, micro_batch_size=strategy.micro_batch_size)
+    moved = ((batch.input_ids.to(device), batch.labels.to(device)) for batch in batches)
     built.model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(built.model), uncompiled(strategy):
-        for batch in iterate_eval_batches(rows, micro_batch_size=strategy.micro_batch_size):
-            loss = compute_loss(
-                built.model,
-                built.base,
-                batch.input_ids.to(device),
-                batch.labels.to(device),
-                loss_head=strategy.loss_head,
-                tokens=rows.trained_tokens,
-            )
-            total += loss.double().cpu()
+    total = sum_losses(built.model, built.base, moved, strategy, device, tokens=rows.trained_tokens)
     built.model.train()
     return float(total)
+
+
+def sum_losses(
+    model: nn.Module,
+    base: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    strategy: Strategy,
+    device: torch.device,
+    *,
+    tokens: int,
+) -> Tensor:
+    """The losses of batches of (input_ids, labels), [rows, sequence] each, on the host, added up and divided by
+    `tokens`."""
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), autocast(strategy, device), uncast_adapter_inputs(model), uncompiled(strategy):
+        for input_ids, labels in batches:
+            loss = compute_loss(model, base, input_ids, labels, loss_head=strategy.loss_head, tokens=tokens)
+            total += loss.double().cpu()
+    return total
 
 
 def answer(
