@@ -43,6 +43,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "GPT-2 with dropout of adapters": ("gpt2", {"method": {"kind": "lora", "dropout": 0.1}}, {}),
+    "updates in backward": (
+        "llama",
+        {
+            "method": {"kind": "full"},
+            "train": {"optimizer_in_backward": True, "max_grad_norm": "off", "micro_batch_size": 4},
+        },
+        {},
+    ),
     "Adafactor": ("llama", {"method": {"kind": "full"}, "train": {"optimizer": "adafactor"}}, {}),
 }
 

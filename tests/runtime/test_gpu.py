@@ -106,7 +106,7 @@ def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones(models: Path,
     expected = train(*build(models / "llama", method))
     found = train(*build(models / "llama", method, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert relative_difference(found, expected) < 0.05
+    assert relative_difference(found, expected) < 0.1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
