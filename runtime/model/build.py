@@ -246,6 +246,7 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     """Checkpointing, float8, kernels and compiled layers, as the strategy says."""
     base.config.use_cache = False
     base.train()
+    _forget_padding(base)
     if strategy.checkpointed_layers:
         checkpoint_layers(base, strategy.checkpointed_layers, save_attention=strategy.save_attention)
     if strategy.float8:
@@ -257,6 +258,14 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
         make_compilable(base)
         for layer in find_layers(base):
             layer.compile()
+
+
+def _forget_padding(base: Any) -> None:
+    """Some thirty architectures, GPT-2 among them, look for padding in every batch to warn of a missing mask, for which
+    a GPU's host has to wait. Rows are padded on the right and without labels there, so nothing is missing."""
+    for module in base.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
 
 
 def checkpoint_layers(base: Any, count: int, *, save_attention: bool = False) -> None:

@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from small_runs import execute_until, plan_recipe, read_lines, read_losses, write_recipe
 from torch import Tensor
+from waits import WaitsForDevice
 
 from fitune.recipes.errors import OutOfMemoryError
 from fitune.runtime.model.attention import _attend_at_once, _attend_one_by_one
 from fitune.runtime.planning import Job
 from fitune.runtime.report import RunReport
+from fitune.runtime.training.loop import TrainingLoop
 from fitune.runtime.training.optimizers import make_optimizer
 from fitune.runtime.training.step import step_if_finite
 from fitune.runtime.training.train import run_job
@@ -82,6 +84,23 @@ def run_with(recipe: Path, strategy: dict[str, Any]) -> dict[str, Any]:
     report = run_here(recipe, **strategy)
     kinds = [event["kind"] for event in report.events]
     return {"status": report.status, "losses": read_losses(recipe.parent / "run"), "kinds": kinds}
+
+
+def list_waits(recipe: Path, strategy: dict[str, Any]) -> list[list[str]]:
+    """What the host waits for in each training step, with all that the loop does between two."""
+    waits, step = list[list[str]](), TrainingLoop.step
+
+    def watch(loop: TrainingLoop, *args: Any) -> None:
+        with WaitsForDevice() as seen:
+            step(loop, *args)
+        waits.append(seen.names)
+
+    TrainingLoop.step = watch  # type: ignore[method-assign]
+    try:
+        run_here(recipe, **strategy)
+    finally:
+        TrainingLoop.step = step  # type: ignore[method-assign]
+    return waits
 
 
 def find_first_sample(recipe: Path) -> int:

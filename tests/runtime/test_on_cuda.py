@@ -20,6 +20,7 @@ from gpu_work import (
     CASES,
     attend_documents_of_rows,
     find_first_sample,
+    list_waits,
     run_as_planned,
     run_out_of_memory,
     run_with,
@@ -74,6 +75,16 @@ def test_a_run_on_a_gpu_trains_as_one_on_a_cpu(case: str, on_gpu: OnGpu, models:
     if "dropout" not in case and "fp16" not in case:
         assert found["losses"] == pytest.approx(expected["losses"], rel=0.05)
     assert found["losses"][-1] < found["losses"][0]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "fp16" not in case and case != "Adafactor"])
+def test_the_host_waits_for_a_gpu_once_a_step(case: str, on_gpu: OnGpu, models: Path, tmp_path: Path) -> None:
+    """For loss and norm together, when all of the step's work is queued."""
+    model_type, tables, strategy = CASES[case]
+    recipe = write_recipe(tmp_path, models / model_type, **{**BF16, **tables})
+    steps = on_gpu(list_waits, recipe, {"compute_dtype": "bf16", "rounding": "nearest"} | strategy)
+    assert len(steps) == 6
+    assert steps[1:] == [["_to_copy"]] * 5, "the first step may do more"
 
 
 def test_the_monitor_looks_before_cuda_takes_memory(on_gpu: OnGpu, models: Path, tmp_path: Path) -> None:
