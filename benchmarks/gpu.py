@@ -105,6 +105,8 @@ def main() -> int:
     if given.check:
         return check(smoke=given.smoke)
     chosen = choose_cases(parser, given)
+    if given.scratch is not None and not given.scratch.is_dir():
+        parser.error(f"--scratch: {given.scratch} is not a folder")
     console = Console(width=180, highlight=False)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=given.scratch, prefix="fitune-gpu-") as scratch:
