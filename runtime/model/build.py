@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +257,8 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
     if strategy.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         make_compilable(base)
+        # It warns of in-place operations in every checkpoint that has a policy; attention's results see none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for layer in find_layers(base):
             layer.compile()
 

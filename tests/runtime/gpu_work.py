@@ -53,6 +53,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "attention kept by checkpoints, packed": (
+        "llama",
+        {
+            "method": {"kind": "lora"},
+            "data": {"packing": True},
+            "train": {"gradient_checkpointing": True, "save_attention": True},
+        },
+        {"attention": "varlen"},
+    ),
     "Adafactor": ("llama", {"method": {"kind": "full"}, "train": {"optimizer": "adafactor"}}, {}),
 }
 
