@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
-from fitune.planner.memory import Estimator
+from scatter import PANELS, Axis, Point, draw_scatter
+
 from fitune.runtime.rehearsal.accuracy import FIGURES, MiB, make_left_out, make_spread, render_phase
 from fitune.runtime.rehearsal.accuracy import Comparison as Row
 
 GiB = 2**30
-PANELS: Mapping[Estimator, str] = {"rehearsal": "rehearsal", "closed_forms": "closed forms (--quick)"}
-LOWEST_GIB, HIGHEST_GIB = 1.0, 100.0
-TICKS_GIB = (1, 2, 5, 10, 20, 50, 100)
-SIDE = 300
-"""Width and height of a panel, in the picture's units."""
-BAND = 0.10
-"""Share by which the shaded band is wide on either side of the diagonal."""
-METHODS = ("full", "lora", "qlora")
-STYLE = """
-text { font: 12px sans-serif; fill: #24292f } .title { font-size: 14px; font-weight: bold }
-.page { fill: #ffffff } .grid { stroke: #d0d7de } .band { fill: #8c959f; opacity: .25 } .diagonal { stroke: #57606a }
-.full { fill: #0072b2 } .lora { fill: #d55e00 } .qlora { fill: #009e73 } path { opacity: .8 }
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .page { fill: #0d1117 } .grid { stroke: #30363d }
-.band { fill: #8b949e } .diagonal { stroke: #8b949e }
-.full { fill: #56b4e9 } .lora { fill: #ff9f4a } .qlora { fill: #2fd0a0 } }
-"""
+AXIS = Axis(name="device peak", unit="GiB", lowest=1.0, highest=100.0, ticks=(1, 2, 5, 10, 20, 50, 100))
 
 
 def fill_page(page: str, parts: Mapping[str, str]) -> str:
@@ -104,51 +88,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def make_plot(rows: Sequence[Row]) -> str:
-    """docs/images/accuracy.svg: the device peak, predicted against measured, a panel for each estimator."""
-    width, height = 2 * (SIDE + 90), SIDE + 110
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="Predicted against measured device peak of {len(rows)} steps">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{width}" height="{height}"/>',
+    """docs/images/accuracy.svg: the device peak, predicted against measured."""
+    points = [
+        Point(
+            method=row.row["method"],
+            measured=row.measured[FIGURES["device"]] / GiB,
+            predicted={estimator: row.bytes_of("device", estimator) / GiB for estimator in PANELS},
+        )
+        for row in rows
     ]
-    for index, (estimator, name) in enumerate(PANELS.items()):
-        parts.append(f'<g transform="translate({60 + index * (SIDE + 85)} 40)">')
-        parts += [*_draw_axes(name, labelled=index == 0), *(_draw_row(row, estimator) for row in rows), "</g>"]
-    for index, method in enumerate(METHODS):
-        x, y = 60 + index * 80, height - 14
-        parts.append(f'{_draw_mark(method, x, y - 4)}<text x="{x + 10}" y="{y}">{method}</text>')
-    note = f"{len(rows)} steps, one H100; band: {100 * BAND:.0f} % either way"
-    parts.append(f'<text x="{width - 35}" y="{height - 14}" text-anchor="end">{note}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _at(gib: float) -> float:
-    """Where a figure lies on an axis, from 0 to SIDE."""
-    return SIDE * math.log(gib / LOWEST_GIB) / math.log(HIGHEST_GIB / LOWEST_GIB)
-
-
-def _draw_axes(name: str, *, labelled: bool) -> Iterator[str]:
-    yield f'<text class="title" x="0" y="-14">{name}</text>'
-    for tick in TICKS_GIB:
-        x = _at(tick)
-        yield f'<path class="grid" d="M{x:.1f} 0V{SIDE}M0 {SIDE - x:.1f}H{SIDE}"/>'
-        yield f'<text x="{x:.1f}" y="{SIDE + 16}" text-anchor="middle">{tick}</text>'
-        yield f'<text x="-8" y="{SIDE - x + 4:.1f}" text-anchor="end">{tick}</text>'
-    low, high = _at(LOWEST_GIB * (1 - BAND)), _at(LOWEST_GIB * (1 + BAND))
-    corners = f"{-low:.1f},{SIDE} 0,{SIDE} 0,{SIDE - high:.1f} {SIDE - high:.1f},0 {SIDE},0 {SIDE},{-low:.1f}"
-    yield f'<polygon class="band" points="{corners}"/>'
-    yield f'<path class="diagonal" d="M0 {SIDE}L{SIDE} 0"/>'
-    yield f'<text x="{SIDE / 2}" y="{SIDE + 36}" text-anchor="middle">device peak measured, GiB</text>'
-    if labelled:
-        yield f'<text transform="translate(-40 {SIDE / 2}) rotate(-90)" text-anchor="middle">predicted, GiB</text>'
-
-
-def _draw_row(row: Row, estimator: Estimator) -> str:
-    measured, predicted = row.measured[FIGURES["device"]] / GiB, row.bytes_of("device", estimator) / GiB
-    return _draw_mark(row.row["method"], _at(measured), SIDE - _at(predicted))
-
-
-def _draw_mark(method: str, x: float, y: float) -> str:
-    shapes = {"full": "m-3.5-3.5h7v7h-7z", "lora": "m0-4.5l4.5 8h-9z", "qlora": "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z"}
-    return f'<path class="{method}" d="M{x:.1f} {y:.1f}{shapes[method]}"/>'
+    return draw_scatter(points, AXIS)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from accuracy_page import METHODS, PANELS, STYLE
+from scatter import PANELS, Axis, Point, draw_scatter
 
-from fitune.planner.memory import Estimator
 from fitune.runtime.rehearsal.accuracy import make_spread
 from fitune.runtime.rehearsal.accuracy_speed import TimedRow, render_host_cost
 
-LOWEST_SECONDS, HIGHEST_SECONDS = 0.1, 6.0
-TICKS_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5)
-SIDE = 300
-"""Width and height of a panel, in the picture's units."""
-BAND = 0.10
-"""Share by which the shaded band is wide on either side of the diagonal."""
+AXIS = Axis(name="time of a step", unit="s", lowest=0.1, highest=6.0, ticks=(0.1, 0.2, 0.5, 1, 2, 5))
 PARTS: dict[str, Callable[[TimedRow], bool]] = {
     "all over 0.5 s": lambda row: row.is_long,
     "over 0.5 s, without a pause": lambda row: row.is_long and not row.is_late,
@@ -75,51 +68,13 @@ def _make_table(rows: Sequence[TimedRow]) -> str:
 
 
 def make_speed_plot(rows: Sequence[TimedRow]) -> str:
-    """docs/images/speed.svg: the time of a step, predicted against measured, a panel for each estimator."""
-    width, height = 2 * (SIDE + 90), SIDE + 110
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="Predicted against measured time of {len(rows)} steps">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{width}" height="{height}"/>',
+    """docs/images/speed.svg: the time of a step, predicted against measured."""
+    points = [
+        Point(
+            method=str(row.row["method"]),
+            measured=row.measured_seconds,
+            predicted={estimator: row.time(estimator).seconds for estimator in PANELS},
+        )
+        for row in rows
     ]
-    for index, (estimator, name) in enumerate(PANELS.items()):
-        parts.append(f'<g transform="translate({60 + index * (SIDE + 85)} 40)">')
-        parts += [*_draw_axes(name, labelled=index == 0), *(_draw_row(row, estimator) for row in rows), "</g>"]
-    for index, method in enumerate(METHODS):
-        x, y = 60 + index * 80, height - 14
-        parts.append(f'{_draw_mark(method, x, y - 4)}<text x="{x + 10}" y="{y}">{method}</text>')
-    note = f"{len(rows)} steps, one H100; band: {100 * BAND:.0f} % either way"
-    parts.append(f'<text x="{width - 35}" y="{height - 14}" text-anchor="end">{note}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _at(seconds: float) -> float:
-    """Where a time lies on an axis, from 0 to SIDE."""
-    return SIDE * math.log(seconds / LOWEST_SECONDS) / math.log(HIGHEST_SECONDS / LOWEST_SECONDS)
-
-
-def _draw_axes(name: str, *, labelled: bool) -> Iterator[str]:
-    yield f'<text class="title" x="0" y="-14">{name}</text>'
-    for tick in TICKS_SECONDS:
-        x = _at(tick)
-        yield f'<path class="grid" d="M{x:.1f} 0V{SIDE}M0 {SIDE - x:.1f}H{SIDE}"/>'
-        yield f'<text x="{x:.1f}" y="{SIDE + 16}" text-anchor="middle">{tick}</text>'
-        yield f'<text x="-8" y="{SIDE - x + 4:.1f}" text-anchor="end">{tick}</text>'
-    low, high = _at(LOWEST_SECONDS * (1 - BAND)), _at(LOWEST_SECONDS * (1 + BAND))
-    corners = f"{-low:.1f},{SIDE} 0,{SIDE} 0,{SIDE - high:.1f} {SIDE - high:.1f},0 {SIDE},0 {SIDE},{-low:.1f}"
-    yield f'<polygon class="band" points="{corners}"/>'
-    yield f'<path class="diagonal" d="M0 {SIDE}L{SIDE} 0"/>'
-    yield f'<text x="{SIDE / 2}" y="{SIDE + 36}" text-anchor="middle">time of a step measured, s</text>'
-    if labelled:
-        yield f'<text transform="translate(-40 {SIDE / 2}) rotate(-90)" text-anchor="middle">predicted, s</text>'
-
-
-def _draw_row(row: TimedRow, estimator: Estimator) -> str:
-    predicted = row.time(estimator).seconds
-    return _draw_mark(str(row.row["method"]), _at(row.measured_seconds), SIDE - _at(predicted))
-
-
-def _draw_mark(method: str, x: float, y: float) -> str:
-    shapes = {"full": "m-3.5-3.5h7v7h-7z", "lora": "m0-4.5l4.5 8h-9z", "qlora": "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z"}
-    return f'<path class="{method}" d="M{x:.1f} {y:.1f}{shapes[method]}"/>'
+    return draw_scatter(points, AXIS)

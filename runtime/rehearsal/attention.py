@@ -6,7 +6,7 @@ Sizes from aten/src/ATen/native/transformers/cuda of PyTorch: attention_backward
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from math import ceil
 from typing import Any
@@ -23,6 +23,10 @@ EFFICIENT_MAX_KEPT_HEAD_DIM = 128
 """Up to this head size the efficient kernel keeps its fp32 accumulators in registers."""
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool], Tensor]
+"""Query, key, value, mask, dropout, whether causal, scale, and whether heads are grouped, to the output."""
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -32,24 +36,50 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    flash: Kernel | None = None,
+    other: Kernel | None = None,
 ) -> Tensor:
-    """F.scaled_dot_product_attention on [batch, heads, sequence, head_dim], with the kernel that CUDA would pick."""
+    """F.scaled_dot_product_attention on [batch, heads, sequence, head_dim], with the kernel that CUDA would pick.
+
+    FlashAttention takes 16 bits without a mask, and heads padded to a multiple of 8.
+    flash, other: these kernels in another form; the ones of eager PyTorch where they are not given
+    """
+    flash, other = flash or _attend_flash, other or _attend_otherwise
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (one.to(dtype) for one in (query, key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
     width = query.shape[-1]
-    if half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM:
-        padded = 8 * ceil(width / 8)
-        if padded != width:
-            query, key, value = (F.pad(one, (0, padded - width)) for one in (query, key, value))
-        output: Tensor = _Flash.apply(query, key, value, dropout_p)  # type: ignore[no-untyped-call]
-        return output[..., :width] if padded != width else output
-    if (enable_gqa and key.shape[1] != query.shape[1]) or width != value.shape[-1]:
+    if not (half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM):
+        return other(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    padded = 8 * ceil(width / 8)
+    if padded != width:
+        query, key, value = (F.pad(one, (0, padded - width)) for one in (query, key, value))
+    output = flash(query, key, value, None, dropout_p, is_causal, scale, enable_gqa)
+    return output[..., :width] if padded != width else output
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, _: Any, dropout_p: float, *__: Any) -> Tensor:
+    return _Flash.apply(query, key, value, dropout_p)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _attend_otherwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The memory-efficient kernel, or plain products for what it does not take."""
+    if (enable_gqa and key.shape[1] != query.shape[1]) or query.shape[-1] != value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]
-    return _Efficient.apply(query, key, value, _make_bias(attn_mask, query, key))  # type: ignore[no-any-return, no-untyped-call]
+    return _Efficient.apply(query, key, value, _make_bias(mask, query, key))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _note(

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..model.attention import choose_kept, keep_attention
 from ..training import losses
-from .attention import FLASH_MAX_HEAD_DIM
+from .attention import attend
 from .fakes import Slot, list_slots
 from .watch import StorageWatch
 
@@ -168,29 +168,29 @@ class _KernelAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
+            return attend(*args, **(kwargs or {}), flash=_attend_flash, other=_attend_otherwise)
         return func(*args, **(kwargs or {}))
 
 
-def _attend(
+def _attend_flash(
+    query: Tensor, key: Tensor, value: Tensor, _: Any, dropout: float, is_causal: bool, scale: float | None, __: bool
+) -> Tensor:
+    return _aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+
+def _attend_otherwise(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (one.to(dtype) for one in (query, key, value))
-    half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
-    if half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM and width % 8 == 0:
-        return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
     with torch._C.DisableTorchFunction():
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
 
