@@ -230,7 +230,8 @@ def test_a_sweep_is_rehearsed_and_says_what_the_plans_say(
 
 
 def test_the_longest_rows_are_rehearsed(fitune: Commands, workspace: Path, small_model: tuple[str, ...]) -> None:
-    words = ("recipe.toml", *small_model, "--set", 'budget.memory="812MiB"')
+    (plan,) = fitune("plan", "--json", "recipe.toml", *small_model, "--set", "data.max_length=256").plans
+    words = ("recipe.toml", *small_model, "--set", f'budget.memory="{plan["memory"]["required_bytes"]}B"')
     longest = fitune("plan", "--json", "--what-fits", *words).plans[0]["longest"]
     assert (longest["estimator"], longest["is_longest"], longest["is_model_limit"]) == ("rehearsal", True, False)
     codes = [
