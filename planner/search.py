@@ -184,14 +184,16 @@ def search(
         chosen = walk.find(families)
         if chosen is not None:
             return Found(closest=chosen, rejected=tuple(walk.rejected), failure=walk.judge.failure)
-    nearest = min(walk.rejected, key=_miss)
+    nearest = min(walk.rejected, key=lambda one: _miss(one, device))
     closest = walk.make(nearest.strategy, walk.judge.measure_exactly(nearest.strategy))
     return Found(closest=closest, rejected=tuple(walk.rejected), failure=walk.judge.failure)
 
 
-def _miss(candidate: Candidate) -> tuple[int, float, int]:
-    """What a candidate misses, memory before time; of those that miss as much the one that needs least."""
-    return max(candidate.shortfall_bytes, 0), max(candidate.late_seconds, 0.0), candidate.memory.required_bytes
+def _miss(candidate: Candidate, device: Device) -> tuple[int, float, int]:
+    """What a candidate misses, all budgets of memory together before time; of those that miss as much the one that
+    needs least."""
+    missed = sum(max(0, needed - budget) for needed, budget in list_budgets(candidate.memory, device).values())
+    return missed, max(candidate.late_seconds, 0.0), candidate.memory.required_bytes
 
 
 class _Walk:

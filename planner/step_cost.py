@@ -14,7 +14,7 @@ from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tens
 from .model_shape import BlockShape, LinearShape, ModelShape
 from .rates import CLIP_CALLS, UPDATE_CALLS
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
-from .strategy import DTYPE_BYTES, Dtype, Kernels, Optimizer, Strategy
+from .strategy import DTYPE_BYTES, Dtype, Kernels, LossHead, Optimizer, Strategy
 
 BACKWARD_FACTOR = 2.0
 """Bytes that are moved in backward for one in forward."""
@@ -38,8 +38,10 @@ QUANTIZING_BYTES = 25
 QUANTIZING_CALLS = 12
 SCORE_BYTES = 24
 """Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
-HEAD_BYTES = 24
-"""Bytes a logit that the loss moves in forward: to fp32, log-softmax, and as much in backward."""
+LOGIT_BYTES: dict[LossHead, tuple[float, float]] = {"full": (14, 22), "chunked": (14, 36), "fused": (28, 0)}
+"""(forward, backward) bytes a logit that the loss moves: to fp32, log-softmax; in backward zeros, gradients, back."""
+FUSED_LOGIT_BYTES = 6
+"""Of a fused head whose work on logits is compiled: read for the sum, read for the gradient, written."""
 HEAD_CALLS = 14
 """Host work of the loss on a chunk of tokens in forward; as all below in the units of `rates.HOST_PRICES`, as a
 rehearsal of Llama counts it."""
@@ -292,9 +294,11 @@ def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
     side = 0 if forward else 1
     elements = shape.head.weight_parameters
     moved = a * (step.tokens * (shape.hidden_size + shape.vocab_size) + elements * chunks)
-    logits = HEAD_BYTES * step.tokens * shape.vocab_size
+    is_compiled = head == "fused" and step.strategy.compile
+    a_logit = FUSED_LOGIT_BYTES * forward if is_compiled else LOGIT_BYTES[head][side]
+    logits = a_logit * step.tokens * shape.vocab_size
     yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, times=products[head][side])
-    yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks, times=passes[side])
+    yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks * passes[side])
     yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=EMBEDDING_CALLS)
 
 

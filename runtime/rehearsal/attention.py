@@ -113,15 +113,19 @@ def _make_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
 
 @library.custom_op("fitune::flash_attention", mutates_args=())
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """FlashAttention-2's forward on fakes: output, log-sum-exp, and two small ones of the random numbers.
+    """FlashAttention-2's forward: output, log-sum-exp, and two small ones of the random numbers, all without values.
 
     An operation of its own, as on a card, so that a checkpoint that keeps attention's results finds it.
     """
-    raise NotImplementedError("for fakes only")
+    return _make_flash_results(query)
 
 
 @flash_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _make_flash_results(query)
+
+
+def _make_flash_results(query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -131,11 +135,15 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor
 @library.custom_op("fitune::efficient_attention", mutates_args=())
 def efficient_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same of the memory-efficient kernel: output and log-sum-exp."""
-    raise NotImplementedError("for fakes only")
+    return _make_efficient_results(query)
 
 
 @efficient_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _make_efficient_results(query)
+
+
+def _make_efficient_results(query: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, rows, width = query.shape
     out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
     return out, query.new_empty(batch, heads, 32 * ceil(rows / 32), dtype=torch.float32)

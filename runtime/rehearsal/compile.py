@@ -65,13 +65,18 @@ def compiled_layers(layers: Sequence[nn.Module], kinds: Sequence[Hashable], watc
 
 
 def _run_fused(function: Callable[..., tuple[Tensor, ...]], watch: StorageWatch) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of pointwise operations and reductions alone: its kernels write the results and nothing else."""
+    """A function of pointwise operations and reductions alone: its kernels write the results and nothing else.
+
+    They read what they are given twice: a softmax needs its sum before it can write anything.
+    """
 
     def run(*args: Any) -> tuple[Tensor, ...]:
         with watch.muted(True):
             results = function(*args)
         for one in results:
             watch.see(one)
+        given = [one for one in args if isinstance(one, Tensor)]
+        watch.ledger.note_kernel(function.__name__, reads=[*given, *given], writes=results)
         return results
 
     return run

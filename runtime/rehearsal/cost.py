@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 from ...planner.rates import HostWork
@@ -21,6 +20,15 @@ PACKED_PRODUCTS = {"bitsandbytes::gemm_4bit": 2, "fitune::multiply_4bit": 2}
 """Products with a packed weight, to the place of its shape among their arguments."""
 TRANSPOSED_PRODUCT = "fitune::multiply_float8"
 """A product in float8, after its weight was copied to lie transposed."""
+TABLES = {
+    "aten::embedding": 0,
+    "aten::gather": 0,
+    "aten::index_select": 0,
+    "aten::nll_loss_forward": 0,
+    "aten::nll_loss_backward": 1,
+    "aten::scatter_add_": 0,
+}
+"""Operations that touch a few elements of a tensor, to its place among their tensors: it does not count."""
 Traffic = tuple[tuple[int | None, int], ...]
 """(number of a storage, bytes) of tensors; None for a storage that was not seen."""
 
@@ -73,6 +81,9 @@ class Ledger:
             self.operations.append(Operation(self._mark_of(), name, Work(kind="none", host=host)))
             return
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
+        if name in TABLES:
+            table = _key(inputs[TABLES[name]])
+            inputs, outputs = ([one for one in group if _key(one) != table] for group in (inputs, outputs))
         reads, writes = self._list_reads(inputs), self._list_traffic(outputs)
         moved = sum(size for _, size in (*reads, *writes))
         width = outputs[0].element_size() if outputs else 2
@@ -194,7 +205,7 @@ def _is_view(func: Any, name: str) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, FakeTensor):
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for one in value:

@@ -14,6 +14,7 @@ from ..training.step import autocast
 from .cost import kept_ledger
 from .cuda import CudaCard, cuda_semantics
 from .fakes import list_slots
+from .kernels import noted_launches
 from .model import RehearsalModel
 from .sections import marked_sections
 from .watch import Recording, StorageWatch
@@ -53,22 +54,23 @@ def record_passes(
     evaluation = answer = None
     model.model.eval()
     if passes.evaluates:
-        evaluation = _record(model, card, lambda: _evaluate(model, strategy, sequence_length))
+        evaluation = _record(model, strategy, card, lambda: _evaluate(model, strategy, sequence_length))
     if passes.answers:
         alike = strategy.model_copy(update={"micro_batch_size": 1, "loss_head": "full", "checkpointed_layers": 0})
         key = alike, model.sketch, card, sequence_length
         if key not in answers:
             answers[key] = None
             with contextlib.suppress(*UNTRACEABLE):
-                answers[key] = _record(model, card, lambda: _answer(model, strategy, sequence_length))
+                answers[key] = _record(model, strategy, card, lambda: _answer(model, strategy, sequence_length))
         answer = answers[key]
     model.model.train()
     return evaluation, answer
 
 
-def _record(model: RehearsalModel, card: CudaCard, run: Callable[[], None]) -> Recording:
+def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, run: Callable[[], None]) -> Recording:
     watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
-    with watch, cuda_semantics(), kept_ledger(watch.ledger), marked_sections(model, watch, "evaluate"):
+    launches = noted_launches(watch.ledger, strategy)
+    with watch, cuda_semantics(), kept_ledger(watch.ledger), launches, marked_sections(model, watch, "evaluate"):
         watch.enter("build", "weights")
         for table, key in list_slots(model.model):
             watch.see(table[key])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...planner.strategy import Strategy
 from .cost import Ledger
 
 READ_AND_WRITTEN = {
@@ -19,8 +20,12 @@ READ_AND_WRITTEN = {
 
 
 @contextlib.contextmanager
-def noted_launches(ledger: Ledger) -> Iterator[None]:
-    """Inside, a launch of a Triton kernel computes nothing, and the ledger knows what it moves."""
+def noted_launches(ledger: Ledger, strategy: Strategy) -> Iterator[None]:
+    """Inside, a launch of a Triton kernel computes nothing, and the ledger knows what it moves; for strategies with
+    such kernels."""
+    if strategy.kernels == "torch":
+        yield
+        return
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *args: Any, **_: Any) -> None:

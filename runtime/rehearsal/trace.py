@@ -240,8 +240,7 @@ def _record(
             compiled_layers(model.layers, model.traced_kinds, watch) if strategy.compile else contextlib.nullcontext()
         )
         updates = record_updates(model, watch) if strategy.optimizer_in_backward else None
-        launches = noted_launches(watch.ledger) if strategy.kernels == "liger" else contextlib.nullcontext()
-        with compiled, launches:
+        with compiled, noted_launches(watch.ledger, strategy):
             for _ in range(micro_batches):
                 watch.enter("data", "temporary")
                 ids = torch.empty(strategy.micro_batch_size, sequence_length, dtype=torch.int64)

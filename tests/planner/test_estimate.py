@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from plans import CPU, GiB, find_shape, make_gpu, make_strategy
 
@@ -272,6 +272,7 @@ def test_expandable_segments_change_nothing_in_the_closed_forms(kind: str) -> No
 def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
     name: str, optimizer: str, checkpointed: int, length: int, kind: str
 ) -> None:
+    assume(optimizer != "adafactor")  # whose buffers come while activations are there
     plain, early = (
         estimate(
             name,

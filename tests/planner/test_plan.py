@@ -470,7 +470,7 @@ def test_where_the_gradients_are_too_much_the_optimizer_in_backward_is_advised()
 
 
 @pytest.mark.parametrize("gib", [24, 28, 32, 40, 44, 60])
-def test_smaller_optimizer_states_buy_fewer_checkpointed_layers_where_that_is_faster(gib: int) -> None:
+def test_smaller_optimizer_states_are_taken_where_the_room_that_they_leave_makes_the_plan_faster(gib: int) -> None:
     """The fastest wins; of equally fast ones, which are within 2 %, the more exact states."""
     device = H100.model_copy(update={"budget_bytes": gib * GiB})
 
@@ -481,7 +481,6 @@ def test_smaller_optimizer_states_buy_fewer_checkpointed_layers_where_that_is_fa
 
     exact, narrow, auto = (plan_with(name) for name in ("adamw", "adamw_8bit", "auto"))
     seconds = [plan.speed.step_seconds for plan in (exact, narrow) if plan.fits and plan.speed is not None]
-    assert narrow.strategy.checkpointed_layers <= exact.strategy.checkpointed_layers
     wins = exact.fits and seconds[0] <= 1.02 * min(seconds)
     assert auto.fits and auto.strategy == (exact if wins else narrow).strategy
-    assert wins == (gib >= 40)
+    assert wins == (gib >= 28)

@@ -29,6 +29,8 @@ TABLES: dict[str, dict[str, Any]] = {
         "optimizer": "adamw",
         "gradient_checkpointing": False,
         "loss_head": "full",
+        "kernels": "torch",
+        "compile": False,
     },
     "output": {"dir": "run"},
 }

@@ -338,6 +338,7 @@ def test_the_command_line_says_what_is_wrong_with_the_model_in_one_message(tmp_p
 def test_the_hub_is_reachable_where_it_answers_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert is_hub_reachable()
     assert not is_hub_reachable()
@@ -345,7 +346,8 @@ def test_the_hub_is_reachable_where_it_answers_one_request(monkeypatch: pytest.M
 
 def test_an_unreachable_hub_is_not_asked_again_and_again_behind_a_proxy(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('[model]\nid = "cheese/feta"\n[data]\ntrain = "rows.jsonl"\n')
-    nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    proxy = "http://127.0.0.1:9"
+    nowhere = {"https_proxy": proxy, "HTTPS_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     program = (
         "import sys, time; from fitune.runtime.cli import main\n"
         "sys.argv = ['fitune', 'plan', '--quick', 'recipe.toml']\n"

@@ -476,7 +476,7 @@ def test_a_family_without_closed_forms_is_rehearsed_all_the_same() -> None:
     config = {**LLAMA, "model_type": "arcee"}
     assert "arcee" not in FAMILIES
     memory = predict(config, make_strategy("full"))
-    assert {phase.name for phase in memory.phases} == {"load", "forward", "backward", "clip", "optimizer"}
+    assert {phase.name for phase in memory.phases} == {"load", "forward", "backward", "clip", "optimizer", "save"}
     assert memory.disk_bytes > memory.components.weights / 2
 
 

@@ -181,3 +181,13 @@ def test_the_segment_that_transformers_makes_first_holds_the_weights() -> None:
     replay_loading(replay, model, strategy)
     weights = sum(spec.elements * spec.width for spec in model.weights.values())
     assert 0 < replay.allocator.reserved_bytes - weights < 8 * 2**20
+
+
+def test_an_evaluation_with_ligers_kernels_launches_none_of_them() -> None:
+    """On a machine with a GPU a launch would read what is no memory."""
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    strategy = make_strategy("full", kernels="liger")
+    recorded = record_step(LLAMA, strategy, CudaCard(), sequence_length=256, cut=False, passes=BOTH)
+    assert recorded.evaluation is not None
+    assert recorded.answer is not None

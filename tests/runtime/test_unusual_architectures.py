@@ -138,9 +138,9 @@ def test_a_known_architecture_that_cannot_be_traced_keeps_its_own_margin(
     from transformers.models.llama import modeling_llama
 
     config = make_config("llama", {})
-    exact = plan_config(tmp_path, config)
+    exact = plan_config(tmp_path, config, 'train.kernels="torch"')
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, hidden: hidden * hidden.sum().item())
-    plan = plan_config(tmp_path, config)
+    plan = plan_config(tmp_path, config, 'train.kernels="torch"')
     assert (exact.estimator, plan.estimator) == ("rehearsal", "closed_forms")
     assert margin_bytes(plan) == pytest.approx(0.15 * plan.memory.peak_device_bytes + 512 * MiB, abs=2)
     assert any("a margin of 15% and 512.0 MiB: the step could not be rehearsed" in text for text in plan.warnings)
