@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from small_configs import TINY
 
@@ -15,7 +15,7 @@ from fitune.planner.catalog import list_gpus, list_models
 from fitune.planner.families import FAMILIES
 from fitune.planner.plan import Plan
 from fitune.planner.search import list_budgets
-from fitune.recipes.errors import FituneError, ModelError, PlanError
+from fitune.recipes.errors import FituneError, ModelError, PlanError, RecipeError
 from fitune.runtime.planning import Job
 
 CONFIGS = [dict(model.config) for model in list_models()]
@@ -229,11 +229,10 @@ knobs = st.fixed_dictionaries({key: st.sampled_from(values) for key, values in K
 def test_any_strategy_on_a_small_model_of_any_family_is_rehearsed(
     workspace: Path, config: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
-    assume(chosen["train.gradient_checkpointing"] or chosen["train.save_attention"] == "auto")
     lines = [f"{key} = {write_toml(value)}" for key, value in chosen.items()]
     plan = plan_it("\n".join(['model.id = "config.json"', 'data.train = "rows.jsonl"', *lines]), config, quick=False)
     if not isinstance(plan, Plan):
-        assert isinstance(plan, PlanError), plan
+        assert isinstance(plan, PlanError | RecipeError), plan
         return
     assert not any("could not be rehearsed" in text for text in plan.warnings), plan.warnings
     update = set() if plan.strategy.optimizer_in_backward else {"clip", "optimizer"}
