@@ -8,7 +8,7 @@ from __future__ import annotations
 from .arithmetic import estimate_adapter_bytes, estimate_weight_bytes, largest_linear
 from .estimate import CUDA_HOST_BYTES, estimate_beside_bytes, estimate_bitsandbytes_bytes, estimate_offloaded_bytes
 from .files import WeightFiles
-from .memory import Memory
+from .memory import STEP_PHASES, Memory
 from .shape import ModelShape
 from .strategy import Device, Strategy
 
@@ -18,7 +18,7 @@ CPU_TRIMMED_BYTES = 30 * 2**20
 """What of it goes back to the system before a merge; 0 to 90 MiB in three runs of the embedded model."""
 QUANTIZATION_BYTES = 4 * 4
 """Bytes an element that bitsandbytes takes on a CPU while it quantises a weight: four fp32 copies (0.50)."""
-AFTER_LOADING = ("forward", "backward", "clip", "optimizer", "evaluate", "save")
+AFTER_LOADING = (*STEP_PHASES, "evaluate", "save")
 AFTER_STEP = ("clip", "optimizer", "evaluate", "save")
 
 

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from .strategy import Value
 
 Estimator = Literal["rehearsal", "closed_forms"]
-PHASES = ("load", "forward", "backward", "clip", "optimizer", "evaluate", "save", "merge")
+STEP_PHASES = ("forward", "backward", "clip", "optimizer")
+"""Phases that make up an optimizer step."""
+PHASES = ("load", *STEP_PHASES, "evaluate", "save", "merge")
 
 
 class Components(Value):

@@ -40,7 +40,7 @@ SCORE_BYTES = 24
 """Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
 LOGIT_BYTES: dict[LossHead, tuple[float, float]] = {"full": (14, 22), "chunked": (14, 36), "fused": (28, 0)}
 """(forward, backward) bytes a logit that the loss moves: to fp32, log-softmax; in backward zeros, gradients, back."""
-FUSED_LOGIT_BYTES = 6
+FUSED_LOGIT_BYTES = (6, 0)
 """Of a fused head whose work on logits is compiled: read for the sum, read for the gradient, written."""
 HEAD_CALLS = 14
 """Host work of the loss on a chunk of tokens in forward; as all below in the units of `rates.HOST_PRICES`, as a
@@ -294,9 +294,8 @@ def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
     side = 0 if forward else 1
     elements = shape.head.weight_parameters
     moved = a * (step.tokens * (shape.hidden_size + shape.vocab_size) + elements * chunks)
-    is_compiled = head == "fused" and step.strategy.compile
-    a_logit = FUSED_LOGIT_BYTES * forward if is_compiled else LOGIT_BYTES[head][side]
-    logits = a_logit * step.tokens * shape.vocab_size
+    a_logit = FUSED_LOGIT_BYTES if head == "fused" and step.strategy.compile else LOGIT_BYTES[head]
+    logits = a_logit[side] * step.tokens * shape.vocab_size
     yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, times=products[head][side])
     yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks * passes[side])
     yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=EMBEDDING_CALLS)

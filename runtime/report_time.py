@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ..planner.memory import STEP_PHASES
 from ..planner.speed import Speed as PlannedSpeed
 from ..planner.strategy import Value
 from ..recipes.units import format_seconds
 
 if TYPE_CHECKING:
     from .report import RunReport, Speed
-
-STEP_PHASES = ("forward", "backward", "clip", "optimizer")
-"""Phases that make up training."""
 
 
 class PartSeconds(Value):

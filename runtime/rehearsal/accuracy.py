@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ...planner.catalog import find_gpu
 from ...planner.estimate import estimate_memory
-from ...planner.memory import Estimator, Memory
+from ...planner.memory import STEP_PHASES, Estimator, Memory
 from ...planner.rates import make_gpu_rates
 from ...planner.shape import is_known_family, make_shape
 from ...planner.strategy import Device, Strategy
@@ -30,7 +30,6 @@ FIGURES = {
     "device": "peak_nvml_bytes",
 }
 """What is compared, and the measured row's name for it."""
-MEASURED_PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Comparison:
     @property
     def measured_phase(self) -> str:
         """The phase of the step with the highest measured peak."""
-        return max(MEASURED_PHASES, key=lambda phase: self.measured[f"{phase}_peak_bytes"])
+        return max(STEP_PHASES, key=lambda phase: self.measured[f"{phase}_peak_bytes"])
 
     @property
     def margin(self) -> float:

@@ -69,7 +69,7 @@ def rehearse(
         if quick is None:
             raise ModelError(f"config.json: model_type: {config.get('model_type')}: there is no closed form for a CPU")
         return quick
-    traced = trace_step(dict(config), strategy, find_card(device), sequence_length=sequence_length, passes=passes)
+    traced = trace_step(config, strategy, find_card(device), sequence_length=sequence_length, passes=passes)
     return _measure(traced, strategy, device, quick, as_measured=as_measured, merge=merge)
 
 

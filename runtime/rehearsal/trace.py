@@ -88,8 +88,7 @@ class RecordedStep:
 
     def extend(self) -> TracedStep:
         """The step on the whole model; NotPeriodic where its layers do not repeat."""
-        recording = self.recording.fork()
-        segments = extend(recording, split_segments(recording, self.model.cut), self.model.cut)
+        recording, segments = self._extend(self.recording)
         starts = [index for index, segment in enumerate(segments) if segment.name == "data"]
         assert len(starts) == self.micro_batches, "each micro-batch begins with its data"
         first = segments[: starts[1]] if self.micro_batches > 1 else segments
@@ -97,7 +96,7 @@ class RecordedStep:
             model=self.model,
             recording=recording,
             operations=self.operations,
-            first=[one for one in first if one.name != "build"],
+            first=first,
             next=segments[starts[1] :] if self.micro_batches > 1 else [],
             evaluation=self._extend_pass(self.evaluation),
             answer=self._extend_pass(self.answer),
@@ -106,9 +105,14 @@ class RecordedStep:
     def _extend_pass(self, recorded: Recording | None) -> TracedPass | None:
         if recorded is None:
             return None
+        recording, segments = self._extend(recorded)
+        return TracedPass(recording=recording, segments=segments)
+
+    def _extend(self, recorded: Recording) -> tuple[Recording, list[Segment]]:
+        """A recording for the whole model, and its segments after the model was built."""
         recording = recorded.fork()
         segments = extend(recording, split_segments(recording, self.model.cut), self.model.cut)
-        return TracedPass(recording=recording, segments=[one for one in segments if one.name != "build"])
+        return recording, [one for one in segments if one.name != "build"]
 
 
 class Traces:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ...planner.memory import STEP_PHASES
 from ..data.rows import Row
 from ..machine.samples import MonitorSummary
 from ..report import Loss, Sample, Speed
-from ..report_time import STEP_PHASES
 from ..resume.content import History
 from .loop import Progress
 
