@@ -109,7 +109,8 @@ def make_images() -> None:
     from fitune.planner.show.plan import render_plan
     from fitune.runtime.machine.doctor import render_doctor, run_doctor
     from fitune.runtime.planning import Job
-    from fitune.runtime.report import load_report, render_report
+    from fitune.runtime.report import load_report
+    from fitune.runtime.report_view import render_report
     from fitune.runtime.running import run_recipe
 
     os.chdir(RECIPES.parent)

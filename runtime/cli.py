@@ -162,7 +162,8 @@ def run(recipe: str, overrides: tuple[str, ...], resume: bool, replan: bool) -> 
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def report(run_dir: Path, as_json: bool) -> None:
     """Show a run's result: predicted against measured."""
-    from .report import load_report, make_report_json, render_report
+    from .report import load_report, make_report_json
+    from .report_view import render_report
 
     made, found = load_report(run_dir)
     if as_json:

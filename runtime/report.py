@@ -1,30 +1,21 @@
-"""RunReport: predicted against measured, as JSON and as a table."""
+"""RunReport: what a run measured; with its plan, predicted against measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
+from ..planner.memory import STEP_PHASES
 from ..planner.plan import Plan
-from ..planner.show.reasons import describe_strategy
+from ..planner.speed import Speed as PlannedSpeed
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
-from ..recipes.units import format_bytes
 from .data.report import DataReport
-from .data.view import describe_data
-from .report_time import list_part_seconds, render_parts, render_speed
 from .rundir import PLAN_NAME, REPORT_NAME
-from .shown import show_text
-from .training.forgetting import Forgetting, render_forgetting
+from .training.forgetting import Forgetting
 
 Status = Literal["finished", "interrupted", "terminated", "out_of_time"]
 
@@ -55,6 +46,19 @@ class PhasePeaks(Value):
     name: str
     predicted_bytes: int
     measured_bytes: int | None
+
+
+class PartSeconds(Value):
+    """The time of a part of the run, predicted beside measured.
+
+    name:              load, evaluate, train, save or merge
+    predicted_seconds: by the plan
+    measured_seconds:  by the run's last session, None where nothing was
+    """
+
+    name: str
+    predicted_seconds: float
+    measured_seconds: float | None
 
 
 class MeasuredMemory(Value):
@@ -187,6 +191,20 @@ def make_report_json(plan: Plan, report: RunReport) -> str:
     return json.dumps(document, allow_nan=False)
 
 
+def list_part_seconds(predicted: PlannedSpeed, report: RunReport) -> list[PartSeconds]:
+    """Each part of the run that the plan knows, predicted and measured; compiling is a part of the first step."""
+    planned: dict[str, float] = {}
+    for part in predicted.parts:
+        name = "train" if part.name == "compile" else part.name
+        planned[name] = planned.get(name, 0.0) + part.seconds
+    measured = {phase.name: phase.seconds for phase in report.measured.phases}
+    measured["train"] = sum(measured.pop(name, 0.0) for name in STEP_PHASES)
+    return [
+        PartSeconds(name=name, predicted_seconds=seconds, measured_seconds=measured.get(name))
+        for name, seconds in planned.items()
+    ]
+
+
 def list_phase_peaks(plan: Plan, report: RunReport) -> list[PhasePeaks]:
     """Each phase of the run that the plan knows, predicted and measured."""
     is_cpu = plan.device.kind == "cpu"
@@ -206,97 +224,10 @@ def list_phase_peaks(plan: Plan, report: RunReport) -> list[PhasePeaks]:
     ]
 
 
-def render_report(plan: Plan, report: RunReport, console: Console) -> None:
-    """Print a run's result: loss, the sample question, predicted against measured memory, speed."""
-    console.print(
-        Panel(
-            _render_result(plan, report),
-            title=f"Run of [bold]{escape(show_text(report.recipe))}[/bold]: {report.status}",
-            title_align="left",
-        )
-    )
-    console.print(_render_memory(plan, report))
-    if plan.speed is not None and report.speed.tokens_per_second:
-        console.print(render_speed(plan.speed, report.speed))
-        console.print(render_parts(plan.speed, report))
-    for event in report.events:
-        console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
-    if report.forgetting is not None and report.forgetting.warning is not None:
-        console.print(Text.assemble(("warning: ", "bold yellow"), report.forgetting.warning))
-
-
-def _render_result(plan: Plan, report: RunReport) -> Group:
-    lines: list[Text] = [Text(describe_strategy(plan.strategy), style="bright_black")]
-    loss, speed = report.loss, report.speed
-    if loss.before is not None and loss.after is not None:
-        change = 100 * (loss.after / loss.before - 1)
-        style = "bold green" if loss.after < loss.before else "bold red"
-        text = f"{loss.before:.3f} -> {loss.after:.3f} ({change:+.1f} %)"
-        lines.append(Text.assemble("held-out loss  ", (text, style)))
-    if report.forgetting is not None:
-        lines.append(render_forgetting(report.forgetting))
-    if loss.first is not None and loss.last is not None:
-        lines.append(Text(f"training loss  {loss.first:.3f} -> {loss.last:.3f} in {speed.steps} steps"))
-    if speed.tokens_per_second is not None:
-        energy = "" if speed.energy_joules is None else f", {speed.energy_joules / 3600:.1f} Wh"
-        lines.append(
-            Text(f"speed          {speed.tokens_per_second:,.0f} tokens/s, {speed.total_seconds:,.0f} s in all{energy}")
-        )
-    if report.resumed_from:
-        steps = ", ".join(str(step) for step in report.resumed_from)
-        times = "once" if len(report.resumed_from) == 1 else f"{len(report.resumed_from)} times"
-        again = f"; {report.lost_steps} steps were done again" if report.lost_steps else ""
-        lines.append(Text(f"resumed        {times}, after step {steps}{again}"))
-    if report.skipped_steps:
-        lines.append(Text(f"skipped        {report.skipped_steps} steps whose loss or gradients were not finite"))
-    if report.data is not None:
-        lines.append(Text(f"data           {describe_data(report.data)}"))
-    if report.sample is not None:
-        lines += [
-            Text(),
-            Text.assemble(("held-out question  ", "bold"), show_text(report.sample.question)),
-            Text.assemble(("before  ", "bold"), show_text(report.sample.before)),
-            Text.assemble(("after   ", "bold green"), show_text(report.sample.after)),
-        ]
-    return Group(*lines)
-
-
-def _render_memory(plan: Plan, report: RunReport) -> Table:
-    predicted, measured = plan.memory, report.measured
-    what = "device memory (NVML)" if plan.device.kind == "cuda" else "resident memory of the process"
-    table = Table(title="Memory, predicted against measured", title_justify="left", box=None, padding=(0, 2))
-    for name in ("", "predicted", "measured", "error"):
-        table.add_column(name, justify="left" if not name else "right")
-    rows = [
-        ("live tensors", predicted.peak_allocated_bytes, measured.peak_allocated_bytes),
-        ("reserved by the allocator", predicted.peak_reserved_bytes, measured.peak_reserved_bytes),
-        (what, predicted.peak_device_bytes, measured.peak_device_bytes),
-        ("files", _predict_files(plan, report), measured.disk_bytes),
-    ]
-    _add_peaks(table, rows)
-    table.add_row("with margin, decided on", format_bytes(predicted.required_bytes), "", "")
-    table.add_row("budget", format_bytes(predicted.budget_bytes), "", "")
-    table.add_section()
-    kind = "live tensors" if plan.device.kind == "cuda" else "resident"
-    phases = list_phase_peaks(plan, report)
-    _add_peaks(table, [(f"{kind} in {one.name}", one.predicted_bytes, one.measured_bytes) for one in phases])
-    return table
-
-
-def _predict_files(plan: Plan, report: RunReport) -> int | None:
+def predict_file_bytes(plan: Plan, report: RunReport) -> int | None:
     """The files beside the result, with as many checkpoints as there were; None for a run that wrote no result."""
     memory = plan.memory
     saved = sum(phase.disk_bytes or 0 for phase in memory.phases if phase.name == "save" or "merged" in report.output)
-    return (
-        saved + memory.log_bytes - (memory.checkpoints - report.checkpoints) * memory.checkpoint_bytes
-        if saved
-        else None
-    )
-
-
-def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]) -> None:
-    """Rows of name, predicted and measured bytes, with the error; what is not known on both sides is left out."""
-    for name, ours, theirs in peaks:
-        if ours is not None and theirs is not None:
-            error = f"{100 * (ours / theirs - 1):+.1f} %" if theirs else "-"
-            table.add_row(name, format_bytes(ours), format_bytes(theirs), error)
+    if not saved:
+        return None
+    return saved + memory.log_bytes - (memory.checkpoints - report.checkpoints) * memory.checkpoint_bytes

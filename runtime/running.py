@@ -17,7 +17,8 @@ from ..recipes.errors import PlanError, RunError
 from .data.preflight import refuse_problems
 from .machine.devices import check_runs_here
 from .planning import Job, check_data_fits_plan, load_plan, reopen_plan
-from .report import Status, render_report
+from .report import Status
+from .report_view import render_report
 from .rundir import PLAN_NAME, check_vacant
 
 EXIT_CODES: dict[Status, int] = {"finished": 0, "out_of_time": 0, "interrupted": 130, "terminated": 143}

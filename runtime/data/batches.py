@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from typing import TYPE_CHECKING
 
+from .encoding import UNTRAINED
+from .streaming import StreamedRows
+from .tokens import TokenizedRow, TokenizedRows
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ..training.step import MicroBatch
-    from .streaming import StreamedRows
-    from .tokens import TokenizedRow, TokenizedRows
 
 STARTS_MULTIPLE = 64
 """The documents of a micro-batch are counted up to a multiple of this; those beyond them are empty."""
-UNTRAINED = -100
-"""The label of a token that is not trained."""
 WIDTH_MULTIPLE = 8
 """Micro-batches are padded to a multiple of this many tokens: fewer distinct shapes, and aligned matrices."""
 
@@ -80,8 +80,6 @@ def iterate_batches(
 
     done_steps: how many of them were trained on before: the first one is the next, the same as without an interruption
     """
-    from .streaming import StreamedRows
-
     if isinstance(tokenized, StreamedRows):
         chosen = _stream_rows(tokenized, global_batch_size, seed=seed, done_steps=done_steps)
         steps = count_steps(0, global_batch_size=global_batch_size, epochs=epochs, max_steps=max_steps)

@@ -37,6 +37,8 @@ GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIRST_STAND_IN = 0xF0000
 """Characters for private use, which stand in for control tokens in the words of a message while it is rendered."""
 SHOWN_CHARACTERS = 30
+UNTRAINED = -100
+"""The label of a token that is not trained."""
 
 Span = tuple[int, int]
 """Start and stop of trained tokens, as in a slice."""

@@ -19,7 +19,8 @@ from torch import nn
 
 from ...recipes.errors import RunError
 from ..model.attention import list_document_inputs
-from .batches import UNTRAINED, make_micro_batch
+from .batches import make_micro_batch
+from .encoding import UNTRAINED
 from .tokens import TokenizedRow, TokenizedRows
 
 CHECKED_TOKENS = 16

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...recipes.data_table import DataTable
 from ...recipes.errors import DataError
-from .batches import UNTRAINED
+from .encoding import UNTRAINED
 from .mixture import count_draws
 from .prepare import TokenizedData, make_settings
 from .report import DataReport, Leak, LengthBin, SamplePiece, SampleSequence, SetFacts, SourceFacts

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..model.embedded import cache_folder
-from .batches import UNTRAINED
+from .encoding import UNTRAINED
 from .rows import Row
 from .tokens import Counts, TokenizedRow, TokenSettings
 

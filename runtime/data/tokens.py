@@ -12,8 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from ...recipes.errors import DataError
-from .batches import UNTRAINED
-from .encoding import Encoded, Encoder, Span
+from .encoding import UNTRAINED, Encoded, Encoder, Span
 from .mixture import Part, count_draws, draw_epoch
 from .rows import Message, Row
 

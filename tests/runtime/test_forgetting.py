@@ -19,7 +19,8 @@ from fitune.planner.plan import Plan
 from fitune.recipes.errors import DataError, RecipeError, RunError
 from fitune.recipes.load import load_recipe
 from fitune.runtime.planning import Job
-from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
+from fitune.runtime.report import RunReport, load_report, make_report_json
+from fitune.runtime.report_view import render_report
 from fitune.runtime.resume.run_record import list_changes, make_record
 from fitune.runtime.training.forgetting import Forgetting
 

@@ -30,7 +30,8 @@ from fitune.recipes.load import load_recipe
 from fitune.runtime.data.sources import load_rows
 from fitune.runtime.model.build import build_model
 from fitune.runtime.planning import load_plan
-from fitune.runtime.report import load_report, render_report
+from fitune.runtime.report import load_report
+from fitune.runtime.report_view import render_report
 from fitune.runtime.resume.checkpoints import Checkpoint, Manifest, StoredFile, compute_sha256, verify, walk
 from fitune.runtime.resume.content import list_weights, load_state, restore_training, restore_weights
 from fitune.runtime.resume.run_record import is_unfinished, load_record

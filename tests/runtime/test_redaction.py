@@ -11,7 +11,8 @@ from small_runs import plan_recipe, write_recipe
 
 from fitune.recipes.errors import RunError
 from fitune.runtime.redaction import redact
-from fitune.runtime.report import load_report, render_report
+from fitune.runtime.report import load_report
+from fitune.runtime.report_view import render_report
 from fitune.runtime.rundir import RunDirectory
 from fitune.runtime.shown import ShownConsole
 from fitune.runtime.training.train import run_job

@@ -14,7 +14,8 @@ from fitune.planner.plan import Plan
 from fitune.recipes.errors import RunError
 from fitune.recipes.units import format_bytes
 from fitune.runtime.machine.samples import PhasePeak, Tally
-from fitune.runtime.report import RunReport, load_report, make_report_json, render_report
+from fitune.runtime.report import RunReport, load_report, make_report_json
+from fitune.runtime.report_view import render_report
 from fitune.runtime.training.loop import Progress
 from fitune.runtime.training.outcome import make_speed
 

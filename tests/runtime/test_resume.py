@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from fitune.recipes.errors import RunError
 from fitune.runtime.planning import Job
-from fitune.runtime.report import RunReport, render_report
+from fitune.runtime.report import RunReport
+from fitune.runtime.report_view import render_report
 from fitune.runtime.resume.checkpoints import CheckpointStore, verify
 from fitune.runtime.resume.run_record import BLOCKS, make_record
 from fitune.runtime.rundir import RunDirectory
