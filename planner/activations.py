@@ -27,9 +27,13 @@ MLP_ENDS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2")
 class StepShape:
     """One micro-batch of one strategy: the symbols that the formulas share."""
 
-    def __init__(self, shape: ModelShape, strategy: Strategy, sequence_length: int) -> None:
+    def __init__(
+        self, shape: ModelShape, strategy: Strategy, sequence_length: int, *, document_tokens: float | None = None
+    ) -> None:
+        """document_tokens: of the document that a token is in, on average; None: each row is one"""
         self.shape, self.strategy = shape, strategy
         self.sequence = sequence_length
+        self.document_tokens = document_tokens if strategy.attention == "varlen" else None
         self.tokens = strategy.micro_batch_size * sequence_length
         self.compute_bytes = DTYPE_BYTES[strategy.compute_dtype]
         self.weight_bytes = DTYPE_BYTES[strategy.weights_dtype]

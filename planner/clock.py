@@ -58,13 +58,15 @@ def find_order_rates(device: Device) -> Rates:
     return TYPICAL_CPU if device.kind == "cpu" else make_gpu_rates(find_gpu(TYPICAL_GPU))
 
 
-def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: int) -> Clock:
-    """The closed forms as a clock."""
+def make_closed_form_clock(
+    shape: ModelShape, device: Device, sequence_length: int, *, document_tokens: float | None = None
+) -> Clock:
+    """The closed forms as a clock; document_tokens: as in DataFacts."""
     rates = find_order_rates(device)
 
     @cache
     def time_micro_batch(strategy: Strategy) -> dict[str, PhaseTime]:
-        works = estimate_micro_batch_work(shape, strategy, sequence_length)
+        works = estimate_micro_batch_work(shape, strategy, sequence_length, document_tokens=document_tokens)
         return {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
 
     @cache
@@ -75,7 +77,7 @@ def make_closed_form_clock(shape: ModelShape, device: Device, sequence_length: i
         update = estimate_shape_update_work(shape, strategy)
         phases = {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
         tokens = strategy.micro_batch_size * sequence_length
-        flops = estimate_model_flops(shape, strategy, sequence_length) * tokens
+        flops = estimate_model_flops(shape, strategy, document_tokens or sequence_length) * tokens
         micro_batch = time_micro_batch(alike)
         if strategy.optimizer_in_backward:
             joined = join_phases(

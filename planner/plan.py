@@ -191,7 +191,9 @@ def make_timer(inputs: PlanInputs, clock: Clock | None) -> Timer:
     return Timer(
         recipe,
         inputs.device,
-        quick=make_closed_form_clock(shape, inputs.device, inputs.data.longest_row_tokens),
+        quick=make_closed_form_clock(
+            shape, inputs.device, inputs.data.longest_row_tokens, document_tokens=inputs.data.document_tokens
+        ),
         exact=clock,
         steps=count_planned_steps(recipe, inputs.data.rows),
         weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,

@@ -18,6 +18,7 @@ HostWork = Literal["operation", "view", "engine", "engine_view", "module", "adap
 by autograd's engine in backward; a call of a module, of a LoRA layer beside it, of an autograd function written in
 Python, of a hook on a saved tensor."""
 
+AttentionKernels = Literal["cudnn", "flash", "flash_on_hopper", "efficient", "cpu"]
 MATRIX_SHARE = 0.76
 """Of the dense matrix rate that large products reach: 711 to 791 of 989 TFLOP/s measured on Llama-3.1-8B's shapes."""
 FLOAT8_CAPABILITY = (8, 9)
@@ -67,11 +68,13 @@ KERNEL_SECONDS = 2.5e-6
 HALF_LENGTH = 350
 """Tokens at which fused attention has half its rate: read off figures 5 and 6 of FlashAttention-3 (arXiv 2407.08608),
 where H100 kernels reach 315, 410, 484, 518, 529 and 539 TFLOP/s at 512 to 16,384 tokens; so do the other curves."""
-ATTENTION_SHARES: dict[tuple[str, bool], dict[int, float]] = {
+ATTENTION_SHARES: dict[tuple[AttentionKernels, bool], dict[int, float]] = {
     ("cudnn", False): {64: 0.40, 128: 0.555, 256: 0.525},
     ("cudnn", True): {64: 0.445, 128: 0.535, 256: 0.535},
     ("flash", False): {64: 0.55, 128: 0.65, 256: 0.65},
     ("flash", True): {64: 0.50, 128: 0.58, 256: 0.58},
+    ("flash_on_hopper", False): {64: 0.35, 128: 0.35, 256: 0.35},
+    ("flash_on_hopper", True): {64: 0.33, 128: 0.33, 256: 0.33},
     ("efficient", False): {64: 0.30, 128: 0.30, 256: 0.20},
     ("efficient", True): {64: 0.25, 128: 0.25, 256: 0.15},
     ("cpu", False): {64: 0.50, 128: 0.50, 256: 0.50},
@@ -79,7 +82,9 @@ ATTENTION_SHARES: dict[tuple[str, bool], dict[int, float]] = {
 }
 """(kernels, whether backward) to head size to the share of the peak matrix rate that causal attention of long rows
 reaches. cudnn: the same figures of FlashAttention-3; backward at 256 as at 128. flash: FlashAttention-2 on an A100
-(arXiv 2307.08691: 50 to 73 % forward, up to 63 % backward). efficient and cpu: guesses."""
+(arXiv 2307.08691: 50 to 73 % forward, up to 63 % backward). flash_on_hopper: the same kernels on an H100, which reach
+35 % of it (FlashAttention-3, abstract), in backward 1 / 1.6 of FlashAttention-3's (1.5 to 1.75 times as fast, section
+4.1). efficient and cpu: guesses."""
 
 
 def make_gpu_rates(gpu: CatalogGpu) -> Rates:

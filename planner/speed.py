@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from .memory import Estimator
-from .rates import ATTENTION_SHARES, HALF_LENGTH, HOST_PRICES, HostWork
+from .rates import ATTENTION_SHARES, HALF_LENGTH, HOST_PRICES, AttentionKernels, HostWork
 from .strategy import Device, Rates, Value
 
 IDLE_SHARE = 0.15
@@ -34,6 +34,7 @@ class Work:
     bytes:    that one of them reads and writes
     width:    bytes of an element: 4 computes at the fp32 rate, 1 at float8's
     head_dim, sequence: of attention
+    is_packed: whether it is attention of packed rows, document by document
     backward: whether it is attention's backward
     is_masked: whether attention reads a mask, which FlashAttention has no kernels for
     host:     what the host does for one of them
@@ -47,7 +48,8 @@ class Work:
     bytes: float = 0.0
     width: int = 2
     head_dim: int = 128
-    sequence: int = 1
+    sequence: float = 1
+    is_packed: bool = False
     backward: bool = False
     is_masked: bool = False
     host: HostWork = "operation"
@@ -58,6 +60,15 @@ class Work:
     def repeat(self, times: float) -> Work:
         """The same, so many times as often."""
         return replace(self, times=times * self.times)
+
+    def divide(self, document_tokens: float) -> Work:
+        """Of attention of whole rows the same document by document: a token sees as much less as its document is
+        shorter than the row.
+
+        document_tokens: of the document that a token is in, on average: sum(n^2) / sum(n) over documents of n tokens
+        """
+        flops = self.flops * document_tokens / self.sequence
+        return replace(self, flops=flops, sequence=document_tokens, is_packed=True)
 
 
 class PhaseTime(Value):
@@ -169,7 +180,8 @@ class Speed(Value):
 def estimate_operation_seconds(work: Work, rates: Rates) -> float:
     """Device time of one operation: max(flops / rate, bytes / bandwidth), and at least that of the shortest kernel.
 
-    Attention reaches a share of the peak that grows with its rows: share * sequence / (sequence + 350).
+    Attention reaches a share of the peak that grows with its rows: share * sequence / (sequence + 350). Of documents of
+    n tokens that is n (n + 350) for each, so that the average of the documents that tokens are in stands for all.
     """
     if work.kind == "none":
         return 0.0
@@ -177,8 +189,7 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
         return 0.0 if rates.host_bytes is None else work.bytes / rates.host_bytes
     rate = rates.half_flops
     if work.kind == "attention":
-        kernels = "efficient" if work.is_masked and rates.attention == "flash" else rates.attention
-        shares = ATTENTION_SHARES[kernels, work.backward]
+        shares = ATTENTION_SHARES[_pick_kernels(work, rates), work.backward]
         size = next((one for one in shares if work.head_dim <= one), max(shares))
         rate = rates.peak_flops * shares[size] * work.sequence / (work.sequence + HALF_LENGTH)
     elif work.width == 1:
@@ -186,6 +197,13 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
     elif work.width >= 4:
         rate = rates.full_flops or rates.half_flops
     return max(work.flops / rate, work.bytes / rates.memory_bytes, rates.kernel_seconds)
+
+
+def _pick_kernels(work: Work, rates: Rates) -> AttentionKernels:
+    """FlashAttention takes no mask; rows of several documents go to it, whatever the card's kernels are."""
+    if work.is_packed and rates.attention == "cudnn":
+        return "flash_on_hopper"
+    return "efficient" if work.is_masked and rates.attention == "flash" else rates.attention
 
 
 def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> PhaseTime:

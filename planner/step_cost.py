@@ -87,10 +87,10 @@ GROUPS_BESIDE = 3
 
 
 def estimate_micro_batch_work(
-    shape: ModelShape, strategy: Strategy, sequence_length: int
+    shape: ModelShape, strategy: Strategy, sequence_length: int, *, document_tokens: float | None = None
 ) -> dict[str, tuple[Work, ...]]:
-    """Forward and backward of one micro-batch, whatever the optimizer."""
-    step = StepShape(shape, strategy, sequence_length)
+    """Forward and backward of one micro-batch, whatever the optimizer; document_tokens: as in StepShape."""
+    step = StepShape(shape, strategy, sequence_length, document_tokens=document_tokens)
     forward = [work for block in shape.blocks for work in (*_list_layer(step, block), *_list_selection(step, block))]
     forward.append(Work(kind="none", calls=_scale_calls(strategy, CHECKPOINT_CALLS * step.checkpointed_layers)))
     backward = [work for block in shape.blocks for work in _list_layer_backward(step, block)]
@@ -102,8 +102,10 @@ def estimate_micro_batch_work(
     }
 
 
-def estimate_model_flops(shape: ModelShape, strategy: Strategy, sequence_length: int) -> float:
+def estimate_model_flops(shape: ModelShape, strategy: Strategy, sequence_length: float) -> float:
     """Floating point operations a token that training needs, recomputation excepted.
+
+    sequence_length: of a row, or of the document that a token of a packed row is in
 
     4 N for forward and the gradients of inputs, 2 for each trainable parameter, N the parameters that a token meets but
     the embeddings; and causal attention, 12 * heads * head_dim * sequence / 2 a layer. For full fine-tuning the usual 6
@@ -119,7 +121,7 @@ def estimate_model_flops(shape: ModelShape, strategy: Strategy, sequence_length:
     return 4 * met + 2 * trained + adapters + 12 * shape.heads * shape.head_dim * attended
 
 
-def _attended(block: BlockShape, sequence: int) -> float:
+def _attended(block: BlockShape, sequence: float) -> float:
     """Keys that a query sees on average: half of the row, or of its window and what is before."""
     window = min(block.sliding_window or sequence, sequence)
     return window - window * window / (2 * sequence)
@@ -236,8 +238,8 @@ def _list_experts(step: StepShape, block: BlockShape, repeats: float, *, factor:
 
 
 def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backward: bool) -> Iterator[Work]:
-    """Causal attention: 4 * T * keys seen * heads * head_dim in forward, 2.5 times that in backward; eager attention
-    computes all keys and writes its scores out."""
+    """Causal attention: 4 * T * keys seen * heads * head_dim in forward, 2.5 times that in backward; under a mask all
+    keys are computed, and eager attention writes its scores out."""
     shape, a = step.shape, step.compute_bytes
     width = shape.heads * shape.head_dim
     if step.strategy.attention == "eager":
@@ -247,13 +249,17 @@ def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backw
         yield Work(kind="matrix", flops=flops, width=a, calls=0, times=repeats)
         yield Work(kind="memory", bytes=factor * SCORE_BYTES * scores, calls=0, times=repeats)
         return
-    flops = 4.0 * step.tokens * _attended(block, step.sequence) * width
+    is_masked = step.strategy.packing and step.strategy.attention == "sdpa"
+    sequence = step.document_tokens or step.sequence
+    flops = 4.0 * step.tokens * (sequence if is_masked else _attended(block, sequence)) * width
     yield Work(
         kind="attention",
         flops=flops * (ATTENTION_BACKWARD_FACTOR if backward else 1.0),
         bytes=a * step.tokens * (4 * width if backward else 2 * width),
         head_dim=shape.head_dim,
-        sequence=step.sequence,
+        sequence=sequence,
+        is_packed=step.document_tokens is not None,
+        is_masked=is_masked,
         backward=backward,
         calls=0,
         times=repeats,

@@ -108,6 +108,7 @@ class DataFacts(Value):
     longest_row_tokens: tokens of the longest row after truncation, at most `data.max_length`
     row_tokens:      tokens of some rows that stand for all, shortest first; None where they are not known
     documents_per_row: the most documents of a packed row, its padding as one; None where they are not known
+    document_tokens: of the document that a token of a packed row is in, on average; None where they are not known
     eval_rows, forgetting_rows: that are evaluated, 0 where they are not known
     has_question:    whether a held-out conversation is answered before and after training
     source:          a phrase for people: `tokenised` or why max_length is assumed
@@ -117,6 +118,7 @@ class DataFacts(Value):
     longest_row_tokens: int = Field(ge=1)
     row_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
     documents_per_row: int | None = Field(default=None, ge=1)
+    document_tokens: float | None = Field(default=None, ge=1)
     eval_rows: int = Field(default=0, ge=0)
     forgetting_rows: int = Field(default=0, ge=0)
     has_question: bool = False

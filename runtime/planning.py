@@ -22,6 +22,7 @@ from .data.preflight import check_data
 from .data.prepare import TokenizedData, tokenize_data
 from .data.report import DataReport, StreamFacts
 from .data.sources import LoadedRows, find_absent, load_rows
+from .data.tokens import TokenizedRow
 from .machine.cpu_rates import find_cpu_rates
 from .machine.devices import probe_device
 from .model.models import (
@@ -102,6 +103,7 @@ class Job:
         recipe = self.recipe_file.recipe
         longest = recipe.data.max_length
         assumed = f"planned for rows of data.max_length = {longest:,} tokens"
+        assumed += ", each timed as one document" if recipe.data.packing else ""
         if quick:
             return DataFacts(longest_row_tokens=longest, source=f"{assumed}: --quick does not read the dataset")
         if recipe.data.streaming:
@@ -116,10 +118,11 @@ class Job:
         return DataFacts(
             rows=self.data.train.epoch_rows,
             longest_row_tokens=width,
-            row_tokens=None if recipe.data.packing else pick_row_tokens(self.data.train.rows),
+            row_tokens=pick_row_tokens(self.data.train.rows),
             documents_per_row=max(
                 (len(row.documents) + 1 for row in self.data.train.rows if row.documents), default=None
             ),
+            document_tokens=average_document_tokens(self.data.train.rows),
             eval_rows=len(self.data.eval or ()),
             forgetting_rows=len(self.data.forgetting or ()),
             has_question=any(row.messages is not None for row in self.data.eval_rows),
@@ -190,6 +193,12 @@ def pick_row_tokens(rows: Sequence[Sized]) -> tuple[int, ...]:
     lengths = sorted(map(len, rows))
     count = min(STANDING_ROWS, len(lengths))
     return tuple(lengths[(number + 1) * len(lengths) // count - 1] for number in range(count))
+
+
+def average_document_tokens(rows: Sequence[TokenizedRow]) -> float | None:
+    """Of the document that a token is in: sum(n^2) / sum(n); None where rows are not packed."""
+    lengths = [tokens for row in rows for tokens in row.documents or ()]
+    return sum(tokens * tokens for tokens in lengths) / sum(lengths) if lengths else None
 
 
 def load_plan(path: Path) -> Plan:

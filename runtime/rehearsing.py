@@ -42,7 +42,8 @@ class Rehearsals:
         except ImportError:
             return None, None
         traces, merge = self._find_traces(config, inputs), inputs.recipe_file.recipe.output.merge
-        rehearsal = Rehearsal(traces, inputs.shape, inputs.device, merge=merge)
+        documents = inputs.data.document_tokens
+        rehearsal = Rehearsal(traces, inputs.shape, inputs.device, merge=merge, document_tokens=documents)
         return rehearsal.measure, rehearsal.time
 
     def _find_traces(self, config: Mapping[str, Any], inputs: PlanInputs) -> Traces:

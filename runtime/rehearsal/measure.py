@@ -147,10 +147,20 @@ class Rehearsal:
 
     traces: of the model on rows of one length; shared by the devices that it is planned for
     shape:  of the model, for the operations that it needs
+    document_tokens: as in DataFacts
     """
 
-    def __init__(self, traces: Traces, shape: ModelShape, device: Device, *, merge: bool) -> None:
+    def __init__(
+        self,
+        traces: Traces,
+        shape: ModelShape,
+        device: Device,
+        *,
+        merge: bool,
+        document_tokens: float | None = None,
+    ) -> None:
         self._traces, self._shape, self._device, self._merge = traces, shape, device, merge
+        self._document_tokens = document_tokens
         self._known: dict[Strategy, tuple[Memory, StepTime]] = {}
 
     def measure(self, strategy: Strategy) -> Memory:
@@ -171,8 +181,9 @@ class Rehearsal:
                 traced,
                 strategy,
                 find_order_rates(device),
-                flops_per_token=estimate_model_flops(self._shape, strategy, length),
+                flops_per_token=estimate_model_flops(self._shape, strategy, self._document_tokens or length),
                 length=length,
+                document_tokens=self._document_tokens,
             )
             self._known[strategy] = _measure(traced, strategy, device, quick, merge=self._merge), time
         return self._known[strategy]

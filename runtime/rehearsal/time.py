@@ -15,18 +15,29 @@ PHASES = ("forward", "backward")
 DTYPES: dict[int, Dtype] = {2: "bf16", 4: "fp32"}
 
 
-def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per_token: float, length: int) -> StepTime:
+def time_step(
+    traced: TracedStep,
+    strategy: Strategy,
+    rates: Rates,
+    *,
+    flops_per_token: float,
+    length: int,
+    document_tokens: float | None = None,
+) -> StepTime:
     """The time of one optimizer step.
 
     flops_per_token: that the model needs
+    document_tokens: of the document that a token is in, on average, where attention goes document by document; None:
+                     each row is one
     """
     works: dict[str, list[Work]] = {name: [] for name in PHASES}
+    tokens = document_tokens if strategy.attention == "varlen" else None
     for phase, work in list_works(traced):
-        works[phase].append(work)
+        works[phase].append(work.divide(tokens) if work.kind == "attention" and tokens is not None else work)
     if strategy.save_attention and not strategy.compile:
         for name in PHASES:
             works[name].append(_make_selection(traced))
-    tokens = strategy.micro_batch_size * length
+    micro_batch_tokens = strategy.micro_batch_size * length
     micro_batch = {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
     update = time_update(traced, strategy, rates)
     if strategy.optimizer_in_backward:  # whose own operations were traced, the norm's among them
@@ -38,8 +49,8 @@ def time_step(traced: TracedStep, strategy: Strategy, rates: Rates, *, flops_per
         micro_batch,
         update,
         strategy.gradient_accumulation_steps,
-        tokens=tokens,
-        flops=flops_per_token * tokens,
+        tokens=micro_batch_tokens,
+        flops=flops_per_token * micro_batch_tokens,
         estimator="rehearsal",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -276,6 +277,56 @@ def test_no_micro_batch_is_padded_beyond_the_longest_row(tokens: list[int], micr
     widths = estimate_widths(sorted(tokens), strategy, longest=max(tokens))
     assert widths == sorted(widths, reverse=True)
     assert all(0 < width <= max(tokens) for width in widths)
+
+
+@given(st.lists(st.integers(1, 4096), min_size=1, max_size=60), st.booleans())
+def test_attention_of_packed_rows_takes_what_that_of_their_documents_takes(lengths: list[int], backward: bool) -> None:
+    rates = make_gpu_rates(find_gpu("A100 80GB")).model_copy(update={"kernel_seconds": 0.0})
+
+    def attend(tokens: int) -> Work:
+        return Work(kind="attention", flops=256.0 * tokens * tokens, sequence=tokens, backward=backward)
+
+    apart = sum(estimate_operation_seconds(attend(tokens), rates) for tokens in lengths)
+    average = sum(tokens * tokens for tokens in lengths) / sum(lengths)
+    packed = attend(sum(lengths)).divide(average)
+    assert estimate_operation_seconds(packed, rates) == pytest.approx(apart)
+
+
+def test_packed_rows_are_attended_by_flash_attention_whose_kernels_are_slower_than_cudnn_s_on_an_h100() -> None:
+    whole = Work(kind="attention", flops=1e15, sequence=4096)
+    packed = whole.divide(4096)
+    assert estimate_operation_seconds(packed, RATES) > 1.4 * estimate_operation_seconds(whole, RATES)
+    older = make_gpu_rates(find_gpu("A100 80GB"))
+    assert estimate_operation_seconds(packed, older) == estimate_operation_seconds(whole, older)
+
+
+def test_short_documents_of_packed_rows_spare_attention_where_no_mask_is_needed() -> None:
+    def seconds(attention: str, document_tokens: float | None) -> float:
+        strategy = make_strategy(packing=True, attention=attention)
+        return make_closed_form_clock(SHAPE, H100, 16384, document_tokens=document_tokens)(strategy).seconds
+
+    assert seconds("varlen", 128) < 0.85 * seconds("varlen", None)
+    assert seconds("sdpa", 128) == seconds("sdpa", None), "a mask hides scores, it does not spare them"
+
+
+def test_short_mixed_rows_are_planned_at_least_three_times_as_fast_packed_as_padded() -> None:
+    """Lengths as of benchmarks.rows: half of them below 80 tokens, one in a hundred above 460."""
+    draw = Random(0)
+    rows = sorted(min(2048, round(80 * draw.lognormvariate(0, 0.75))) for _ in range(2000))
+    documents = sum(tokens * tokens for tokens in rows) / sum(rows)
+    standing = tuple(rows[len(rows) // 128 * number] for number in range(128))
+    speeds = {}
+    for name, batch, facts, settings in (
+        ("padded", 16, {"row_tokens": standing, "longest_row_tokens": rows[-1]}, {"micro_batch_size": 16}),
+        ("packed", 2, {"row_tokens": (2040, 2048), "document_tokens": documents}, {}),
+    ):
+        data = {"train": "x", "max_length": 2048, "packing": name == "packed"}
+        tables = {"method": {"kind": "lora"}, "data": data, "train": {"global_batch_size": batch, **settings}}
+        inputs = make_inputs(tables, H100)
+        speed = make_plan(replace(inputs, data=inputs.data.model_copy(update=facts))).speed
+        assert speed is not None
+        speeds[name] = speed.tokens_per_second
+    assert speeds["packed"] > 3 * speeds["padded"]
 
 
 def test_a_plan_names_what_its_steps_wait_for() -> None:

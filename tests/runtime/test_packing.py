@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import save_small_model
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fitune.recipes.errors import RunError
@@ -18,6 +21,7 @@ from fitune.runtime.data.batches import make_micro_batch
 from fitune.runtime.data.packing import check_packing, pack_rows
 from fitune.runtime.data.tokens import TokenizedRow, TokenizedRows
 from fitune.runtime.model.attention import attend_documents, list_document_inputs
+from fitune.runtime.planning import Job
 from fitune.runtime.training.losses import compute_loss
 
 SIZES: dict[str, Any] = {
@@ -127,6 +131,24 @@ def test_packing_keeps_every_document_once_and_no_row_too_long(lengths: list[int
     assert packed.total_tokens == rows.total_tokens
     assert packed.trained_tokens == rows.trained_tokens
     assert len(packed) <= max(1, 2 * sum(lengths) // 64 + 1), "no two rows are at most half full"
+
+
+def test_a_plan_for_packed_rows_knows_how_long_documents_are_and_says_where_it_does_not(tmp_path: Path) -> None:
+    save_small_model(tmp_path / "model")
+    rows = [{"text": "late " * words} for words in (2, 5, 9, 20, 40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[model]\nid = "model"\n[data]\ntrain = "rows.jsonl"\nmax_length = 64\npacking = true\n[train]\nmax_steps = 2\n'
+    )
+    job = Job(str(recipe))
+    facts, packed = job.find_data_facts(quick=False), job.data.train.rows
+    lengths = [tokens for row in packed for tokens in row.documents]
+    assert len(lengths) == 5 > len(packed)
+    assert facts.document_tokens == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
+    assert facts.row_tokens == tuple(sorted(map(len, packed)))
+    assert "each timed as one document" in job.find_data_facts(quick=True).source
+    assert Job(str(recipe), ["data.packing=false"]).find_data_facts(quick=False).document_tokens is None
 
 
 def test_an_architecture_whose_packed_rows_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

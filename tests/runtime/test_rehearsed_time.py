@@ -171,6 +171,22 @@ def test_memory_and_time_come_from_one_trace() -> None:
     assert [phase.name for phase in time.phases] == ["forward", "backward", "clip", "optimizer"]
 
 
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_packed_rows_without_a_mask_are_timed_document_by_document(attention: str) -> None:
+    strategy = make_strategy(packing=True, attention=attention, micro_batch_size=8)
+    traced = trace(LLAMA, strategy, cut=True)
+    rates = RATES.model_copy(update={"kernel_seconds": 0.0, "memory_bytes": 1e20})  # a small model's arithmetic counts
+
+    def time_documents(tokens: float | None) -> dict[str, float]:
+        time = time_step(traced, strategy, rates, flops_per_token=1.0, length=LENGTH, document_tokens=tokens)
+        return {phase.name: phase.device_seconds for phase in time.phases}
+
+    whole, documents = time_documents(None), time_documents(LENGTH / 8)
+    for phase in ("forward", "backward"):
+        assert (documents[phase] < whole[phase]) == (attention == "varlen")
+    assert documents["optimizer"] == whole["optimizer"]
+
+
 @pytest.fixture(scope="module")
 def timed() -> list[TimedRow]:
     device = make_device()
