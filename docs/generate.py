@@ -129,12 +129,15 @@ def make_images() -> None:
     render_doctor(run_doctor(), console)
     _save(console, "doctor", "fitune doctor")
     with tempfile.TemporaryDirectory() as scratch:
-        console, run = _record(), Path(scratch) / "runs" / "quickstart"
-        run_recipe("recipes/quickstart.toml", [f"output.dir={run}"], console)
-        _save(console, "run", "fitune run recipes/quickstart.toml", hide=f"{scratch}/")
+        (Path(scratch) / "recipes").symlink_to(RECIPES)
+        os.chdir(scratch)
+        console = _record()
+        run_recipe("recipes/quickstart.toml", [], console)
+        _save(console, "run", "fitune run recipes/quickstart.toml")
+        [run] = Path("runs").iterdir()
         console = _record()
         render_report(*load_report(run), console)
-        _save(console, "report", "fitune report runs/quickstart", hide=f"{scratch}/")
+        _save(console, "report", f"fitune report {run}")
 
 
 def make_speed() -> None:
@@ -169,13 +172,23 @@ def _record() -> Console:
     return Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False)
 
 
-def _save(console: Console, name: str, title: str, *, hide: str = "") -> None:
+def _save(console: Console, name: str, title: str) -> None:
     (DOCS / "images").mkdir(exist_ok=True)
     # rich's template fetches its font from a network; the reader's own monospace font does as well.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, unique_id=name), flags=re.DOTALL)
-    svg = svg.replace(str(cache_folder()), "~/.cache/fitune")
-    svg = svg.replace(hide, "") if hide else svg
+    for folder, shown in ((cache_folder(), "~/.cache/fitune"), (Path.home(), "~")):
+        svg = _rename(svg, str(folder), shown)
     (DOCS / "images" / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
+def _rename(svg: str, folder: str, shown: str) -> str:
+    """The picture with a folder of this machine shown in another way; rich stretches each text to a length."""
+
+    def replace(found: re.Match[str]) -> str:
+        text = found[3].replace(folder, shown)
+        return f'textLength="{float(found[1]) * len(text) / len(found[3]):.1f}"{found[2]}>{text}<'
+
+    return re.sub(rf'textLength="([\d.]+)"([^>]*)>([^<]*{re.escape(folder)}[^<]*)<', replace, svg)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from scatter import PANELS, Axis, Point, draw_scatter
 from fitune.runtime.rehearsal.accuracy import make_spread
 from fitune.runtime.rehearsal.accuracy_speed import TimedRow, render_host_cost
 
-AXIS = Axis(name="time of a step", unit="s", lowest=0.1, highest=6.0, ticks=(0.1, 0.2, 0.5, 1, 2, 5))
+AXIS = Axis(name="time of a step", unit="s", lowest=0.04, highest=6.0, ticks=(0.05, 0.1, 0.2, 0.5, 1, 2, 5))
 PARTS: dict[str, Callable[[TimedRow], bool]] = {
     "all over 0.5 s": lambda row: row.is_long,
     "over 0.5 s, without a pause": lambda row: row.is_long and not row.is_late,

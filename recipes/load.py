@@ -152,6 +152,7 @@ def read_text(path: Path) -> str:
 def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[Key], list[Problem]]:
     """Writes the overrides into `given`; returns their keys and what is wrong with their form."""
     settings: dict[tuple[str, str], str] = {}
+    new_tables: set[Key] = set()
     problems = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -164,13 +165,15 @@ def _override(given: dict[str, Any], overrides: Sequence[str]) -> tuple[set[Key]
         else:
             settings[table, name] = value
     for (table, name), value in settings.items():
+        if table not in given:
+            new_tables.add((table,))
         keys = given.setdefault(table, {})
         if isinstance(keys, dict):
             replaced = _REPLACES.get((table, name))
             if replaced and replaced not in settings:
                 keys.pop(replaced[1], None)
             keys[name] = _parse_value(value)
-    return set(settings), problems
+    return {*settings, *new_tables}, problems
 
 
 def _parse_value(text: str) -> object:
@@ -186,7 +189,7 @@ def _validate(
     given: Mapping[str, Any], path: Path, overridden: set[Key] | None = None, problems: Sequence[Problem] = ()
 ) -> Recipe:
     def locate(key: Key) -> str:
-        is_override = any(key[: len(other)] == other for other in overridden or ())
+        is_override = any(key == other or (len(other) > 1 and key[: len(other)] == other) for other in overridden or ())
         return f"--set {render_key(key)}" if is_override else f"{printable(path)}: {render_key(key)}"
 
     found = list(problems)

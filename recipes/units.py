@@ -82,7 +82,9 @@ def format_count(n: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.42 s`, `42 s`, `3:07 min` or `2:15 h`."""
+    """`0 s`, `0.42 s`, `42 s`, `3:07 min` or `2:15 h`."""
+    if seconds == 0:
+        return "0 s"
     if seconds < 9.95:
         return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2f} s"
     whole = round(seconds)

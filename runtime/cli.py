@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from ..recipes.errors import FituneError
 from .cli_data import data
+from .cli_files import check_written, write_text
 from .redaction import redact
 from .shown import ShownConsole, show_text
 
@@ -59,9 +61,20 @@ def cli(context: click.Context, debug: bool) -> None:
 @SET_OPTION
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a recipe, one a line.")
 @click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `fitune run plan.json`.")
 @click.option(
-    "--html", type=click.Path(dir_okay=False), help="Write the plan and the step's timeline as one HTML page."
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    callback=check_written,
+    metavar="FILE.json",
+    help="Save the plan, for `fitune run FILE.json`.",
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False),
+    callback=check_written,
+    metavar="FILE.html",
+    help="Write the plan and the step's timeline as one HTML page.",
 )
 @click.option(
     "--sweep",
@@ -82,7 +95,7 @@ def plan(
     what_fits: bool,
     time_limit: float,
 ) -> None:
-    """Show what a run would need: a dry run without weights and without a GPU."""
+    """Show what a run would need, without weights and without a GPU."""
     if sweep or what_fits:
         from .views import Screen, ViewOptions, show_view
 
@@ -104,11 +117,11 @@ def plan(
             codes.append(EXIT_ERROR)
             continue
         if output is not None:
-            _write_text(Path(output), made.model_dump_json(indent=2) + "\n")
+            write_text(Path(output), made.model_dump_json(indent=2) + "\n")
         if html is not None:
             from ..planner.show.page import render_page
 
-            _write_text(Path(html), render_page(made))
+            write_text(Path(html), render_page(made))
         codes.append(0 if made.fits else EXIT_NOTHING_FITS)
         if as_json:
             click.echo(made.model_dump_json())
@@ -126,7 +139,7 @@ def plan(
 @click.option("--quick", is_flag=True, help="Closed forms alone: no torch, and the dataset is not read.")
 @TIME_LIMIT_OPTION
 def gpus(recipe: str, overrides: tuple[str, ...], as_json: bool, quick: bool, time_limit: float) -> None:
-    """Show which cards of the catalog can run a recipe, how, and with what headroom."""
+    """Show which cards of the catalog can run a recipe, and how."""
     from .views import Screen, ViewOptions, show_cards
 
     options = ViewOptions(quick=quick, limit_seconds=time_limit, as_json=as_json)
@@ -148,7 +161,7 @@ def _show_plan_error(path: str, error: FituneError, *, as_json: bool) -> None:
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run, which must be there.")
 @click.option("--replan", is_flag=True, help="Go on with it and another plan, at the same method and global batch.")
 def run(recipe: str, overrides: tuple[str, ...], resume: bool, replan: bool) -> None:
-    """Plan, show the plan, train under monitoring, and report predicted against measured.
+    """Plan, train, and report how right the plan was.
 
     An unfinished run of the same recipe in output.dir goes on from its last checkpoint.
     """
@@ -177,7 +190,10 @@ def report(run_dir: Path, as_json: bool) -> None:
 @click.option("--measure", is_flag=True, help="Make some short runs on this machine's GPU, and learn from them.")
 @click.option("--show", is_flag=True, help="Show what is known, of every device.")
 def calibrate(run_dirs: tuple[Path, ...], measure: bool, show: bool) -> None:
-    """Learn from finished runs of this machine what its devices take beside the tensors; later plans use it."""
+    """Learn from finished runs how much memory this machine adds.
+
+    Later plans for it use what was learnt.
+    """
     from .machine.calibrating import calibrate_gpu, calibrate_runs, probe_stacks, render_calibration
     from .machine.calibration import load_calibration
 
@@ -221,6 +237,9 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 @click.option("-q", "--question", help="Answer one question and end.")
 def chat(run_dir: Path, base: bool, question: str | None) -> None:
     """Talk to the tuned model of a run."""
+    from .report import load_report
+
+    load_report(run_dir)  # what is wrong with the directory is said before libraries are loaded for seconds
     from .chat import run_chat
 
     run_chat(run_dir, console, use_base=base, question=question)
@@ -229,7 +248,10 @@ def chat(run_dir: Path, base: bool, question: str | None) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def doctor(as_json: bool) -> None:
-    """Check this machine: versions, CUDA, bitsandbytes, memory, disk; and what to do about what is wrong."""
+    """Check this machine, and say what to do about what is wrong.
+
+    It looks at versions, CUDA, bitsandbytes, memory and disk.
+    """
     from .machine.doctor import render_doctor, run_doctor
 
     found = run_doctor()
@@ -266,13 +288,16 @@ def show_recipe(name: str) -> None:
 @click.option("--data", "train", help="The training rows: a file or a hub id.")
 @click.option("--eval", "held_out", help="The held-out rows: a file or a hub id.")
 def init(path: Path, model: str | None, train: str | None, held_out: str | None) -> None:
-    """Write a commented starter recipe to PATH (recipe.toml); an existing file is never overwritten."""
+    """Write a commented starter recipe to PATH (recipe.toml).
+
+    An existing file is never overwritten.
+    """
     from ..recipes.shipped import make_starter
 
-    text = make_starter(model, train, held_out)
+    text = make_starter(model, train, held_out, path=path)
     if path.exists():
-        raise FituneError(f"{path} exists already: name another file")
-    _write_text(path, text)
+        raise FituneError(f"{path} {'is a folder' if path.is_dir() else 'exists already'}: name another file")
+    write_text(path, text)
     command = shlex.join(["fitune", "plan", str(path)])
     console.print(Text.assemble(f"wrote {path}; next: ", (command, "bold")), soft_wrap=True)
 
@@ -292,7 +317,10 @@ def schema() -> None:
 @click.argument("size")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def explain(size: str, as_json: bool) -> None:
-    """Show the memory arithmetic for SIZE: 10B, 354.8M, or a catalog model such as gpt2-medium."""
+    """Show the memory arithmetic for SIZE: 10B, 354.8M, gpt2-medium.
+
+    SIZE is a number of parameters or a model of the catalog.
+    """
     from ..planner.lecture.explain import make_explanation, render_explanation
 
     explanation = make_explanation(size)
@@ -302,15 +330,18 @@ def explain(size: str, as_json: bool) -> None:
         render_explanation(explanation, console)
 
 
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FituneError(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def _print_error(message: str) -> None:
     problems.print(Text.assemble(("error: ", "bold red"), show_text(redact(message))), soft_wrap=True)
+
+
+def _explain_unexpected(error: Exception) -> str:
+    """An error that nothing else has explained: output into a file on a full disk, or a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+        return f"the output cannot be written: {error.strerror}"
+    return (
+        f"this is a bug in fitune: {type(error).__name__}: {error}\n"
+        "run the command again as `fitune --debug ...` and report what it prints"
+    )
 
 
 def main() -> None:
@@ -346,10 +377,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _print_error(
-            f"this is a bug in fitune: {type(error).__name__}: {error}\n"
-            "run the command again as `fitune --debug ...` and report what it prints"
-        )
+        _print_error(_explain_unexpected(error))
         sys.exit(EXIT_ERROR)
 
 

@@ -36,8 +36,9 @@ class DataGroup(click.Group):
 
 @click.group(cls=DataGroup)
 def data() -> None:
-    """Check the data of a recipe: rows, tokens, what is trained, duplicates, leaks; some rows as the model sees them.
+    """Check the data of a recipe, or make data (`fitune data make`).
 
+    The check shows rows, tokens, what is trained, duplicates, leaks, and some rows as the model sees them.
     A problem that a run would be refused for ends it with exit code 1.
     """
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from ..planner.memory import STEP_PHASES
 from ..planner.plan import Plan
-from ..planner.speed import Speed as PlannedSpeed
 from ..planner.strategy import Value
 from ..recipes.errors import RunError
+from ..recipes.problems import find_nearest
 from .data.report import DataReport
 from .rundir import PLAN_NAME, REPORT_NAME
 from .training.forgetting import Forgetting
@@ -164,16 +164,32 @@ class RunReport(Value):
 def load_report(run: Path) -> tuple[Plan, RunReport]:
     """The plan and the report of a run directory; RunError where there is none or it cannot be read."""
     if not run.is_dir():
-        raise RunError(f"{run}: there is no such run directory")
+        raise RunError(f"{run}: {'a file, not a run directory' if run.exists() else _make_no_such_run(run)}")
     if not (run / REPORT_NAME).is_file():
         raise RunError(f"{run}: no {REPORT_NAME} in it: the run has not finished, or this is not a run directory")
+    return _load_document(Plan, run / PLAN_NAME, "a plan"), _load_document(RunReport, run / REPORT_NAME, "a report")
+
+
+def _make_no_such_run(run: Path) -> str:
+    """There is none of that name; the nearest one beside it, or the last one in the folder runs, is offered."""
+    beside, here = ([one.parent for one in sorted(at.glob(f"*/{REPORT_NAME}"))] for at in (run.parent, Path("runs")))
+    last = max(here, key=lambda one: (one / REPORT_NAME).stat().st_mtime, default=None)
+    meant = find_nearest(str(run), map(str, (*beside, *here))) or last
+    return "there is no such run directory" + (f" (did you mean {meant}?)" if meant else "")
+
+
+Document = TypeVar("Document", bound=Value)
+
+
+def _load_document(kind: type[Document], path: Path, what: str) -> Document:
     try:
-        plan = Plan.model_validate_json((run / PLAN_NAME).read_bytes())
-        report = RunReport.model_validate_json((run / REPORT_NAME).read_bytes())
-    except (OSError, ValidationError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{run}: its plan or report cannot be read: {first}") from error
-    return plan, report
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise RunError(f"{path}: not {what} of this version of fitune: {where}{first['msg']}") from error
 
 
 def make_report_json(plan: Plan, report: RunReport) -> str:
@@ -184,17 +200,25 @@ def make_report_json(plan: Plan, report: RunReport) -> str:
         document["forgetting"] |= {name: getattr(report.forgetting, name) for name in figures}
     document["predicted"] = plan.memory.model_dump(mode="json")
     document["predicted_speed"] = None if plan.speed is None else plan.speed.model_dump(mode="json")
-    document["parts"] = []
-    if plan.speed is not None:
-        document["parts"] = [one.model_dump(mode="json") for one in list_part_seconds(plan.speed, report)]
+    document["parts"] = [one.model_dump(mode="json") for one in list_part_seconds(plan, report)]
     document["phases"] = [one.model_dump(mode="json") for one in list_phase_peaks(plan, report)]
     return json.dumps(document, allow_nan=False)
 
 
-def list_part_seconds(predicted: PlannedSpeed, report: RunReport) -> list[PartSeconds]:
-    """Each part of the run that the plan knows, predicted and measured; compiling is a part of the first step."""
+def is_whole(plan: Plan, report: RunReport) -> bool:
+    """Whether the last session did all of the plan, from the first step to the last."""
+    return report.status == "finished" and not report.resumed_from and report.speed.steps == plan.data.steps
+
+
+def list_part_seconds(plan: Plan, report: RunReport) -> list[PartSeconds]:
+    """Each part of the run that the plan knows, predicted and measured; compiling is a part of the first step.
+
+    Of a run that was not done in one go only loading is what was planned.
+    """
     planned: dict[str, float] = {}
-    for part in predicted.parts:
+    for part in plan.speed.parts if plan.speed is not None else ():
+        if part.name != "load" and not is_whole(plan, report):
+            continue
         name = "train" if part.name == "compile" else part.name
         planned[name] = planned.get(name, 0.0) + part.seconds
     measured = {phase.name: phase.seconds for phase in report.measured.phases}

@@ -15,7 +15,7 @@ from ..planner.show.reasons import describe_strategy
 from ..planner.speed import Speed as PlannedSpeed
 from ..recipes.units import format_bytes, format_seconds
 from .data.view import describe_data
-from .report import RunReport, Speed, list_part_seconds, list_phase_peaks, predict_file_bytes
+from .report import RunReport, Speed, is_whole, list_part_seconds, list_phase_peaks, predict_file_bytes
 from .shown import show_text
 from .training.forgetting import render_forgetting
 
@@ -32,7 +32,7 @@ def render_report(plan: Plan, report: RunReport, console: Console) -> None:
     console.print(_render_memory(plan, report))
     if plan.speed is not None and report.speed.tokens_per_second:
         console.print(_render_speed(plan.speed, report.speed))
-        console.print(_render_parts(plan.speed, report))
+        console.print(_render_parts(plan, plan.speed.total_seconds, report))
     for event in report.events:
         console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
     if report.forgetting is not None and report.forgetting.warning is not None:
@@ -120,16 +120,19 @@ def _render_speed(predicted: PlannedSpeed, measured: Speed) -> Table:
     return table
 
 
-def _render_parts(predicted: PlannedSpeed, report: RunReport) -> Table:
-    """The time of the run's parts, predicted beside measured."""
+def _render_parts(plan: Plan, total: float | None, report: RunReport) -> Table:
+    """The time of the run's parts, predicted beside measured.
+
+    total: seconds of the whole run by the plan
+    """
     table = _make_table("Time")
-    for part in list_part_seconds(predicted, report):
+    for part in list_part_seconds(plan, report):
         ours, theirs = part.predicted_seconds, part.measured_seconds
         if theirs:
             error = _show_error(ours, theirs)
             table.add_row(part.name, format_seconds(ours), format_seconds(theirs), error)
-    total, taken = predicted.total_seconds, report.speed.total_seconds
-    if total is not None and taken:
+    taken = report.speed.total_seconds
+    if total is not None and taken and is_whole(plan, report):
         table.add_row("the whole run", format_seconds(total), format_seconds(taken), _show_error(total, taken))
     if report.speed.first_step_seconds:
         first = format_seconds(report.speed.first_step_seconds)

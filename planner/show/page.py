@@ -70,39 +70,35 @@ def _render_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
     return f'<div class="wide"><table><thead>{row(heads, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _render_figures(rows: Iterable[tuple[str, int, str]]) -> str:
-    """(name, bytes, note), in the columns of the bars above."""
-    cells = (
-        f'<tr><td>{escape(name)}</td><td class="n">{_gib(size)}</td><td class="bar">{escape(note)}</td></tr>'
-        for name, size, note in rows
-    )
-    return f'<table class="figures"><tbody>{"".join(cells)}</tbody></table>'
-
-
-def _render_bars(sizes: Mapping[str, int], colors: Mapping[str, str]) -> str:
-    """A row with a bar for each name; `colors` are names of the page's colours."""
+def _render_bars(sizes: Mapping[str, int], colors: Mapping[str, str], figures: Iterable[tuple[str, int, str]]) -> str:
+    """A row with a bar for each name, and under them `figures`: (name, bytes, note); `colors` are the page's."""
     most = max([*sizes.values(), 1])
     rows = []
     for name, size in sizes.items():
         color = f";background:var(--{colors[name]})" if name in colors else ""
         bar = f'<i style="width:{100 * size / most:.1f}%{color}"></i>'
         rows.append(f'<tr><td>{escape(name)}</td><td class="n">{_gib(size)}</td><td class="bar">{bar}</td></tr>')
+    below = (
+        f'<tr><td>{escape(name)}</td><td class="n">{_gib(size)}</td><td class="bar">{escape(note)}</td></tr>'
+        for name, size, note in figures
+    )
     head = '<thead><tr><th></th><th class="n">GiB</th><th></th></tr></thead>'
-    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+    body = f'<tbody>{"".join(rows)}</tbody><tbody class="figures">{"".join(below)}</tbody>'
+    return f"<table>{head}{body}</table>"
 
 
 def _render_memory(plan: Plan) -> str:
     memory = plan.memory
     live = {COMPONENT_WORDS[name]: size for name, size in memory.components if size}
     colors = {COMPONENT_WORDS[name]: name for name, _ in memory.components}
-    content = _render_bars(live, colors) + _render_figures(list_figures(plan))
+    content = _render_bars(live, colors, list_figures(plan))
     return _section(f"Memory at its peak: {escape(memory.peak_phase)}", content)
 
 
 def _render_phases(memory: Memory) -> str:
     peaks = {phase.name: phase.peak_allocated_bytes for phase in memory.phases if phase.peak_allocated_bytes}
-    beside = _render_figures([("RAM", memory.host_bytes, ""), ("disk", memory.disk_bytes, "")])
-    return _section("Live tensors by phase", _render_bars(peaks, {memory.peak_phase: "ink"}) + beside)
+    beside = [("RAM", memory.host_bytes, ""), ("disk", memory.disk_bytes, "")]
+    return _section("Live tensors by phase", _render_bars(peaks, {memory.peak_phase: "ink"}, beside))
 
 
 def _render_facts(plan: Plan) -> str:

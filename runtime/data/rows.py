@@ -130,7 +130,8 @@ class RowParser:
                 if bad <= SHOWN_BAD_ROWS:
                     problems.append(f"{record.where}: {problem}")
         if bad > SHOWN_BAD_ROWS:
-            problems.append(f"and {bad - SHOWN_BAD_ROWS} more bad rows")
+            more = bad - SHOWN_BAD_ROWS
+            problems.append(f"and {more:,} more bad row{'' if more == 1 else 's'}")
         if problems and self.detected:
             problems[0] += f" (format {self.row_format}, taken from the first row's columns)"
         if problems:

@@ -100,8 +100,8 @@ def _render_set(name: str, facts: SetFacts, report: DataReport) -> Group:
     left_out = "".join(f", {count:,} {what}" for count, what in _list_left_out(facts))
     head = Text.assemble(
         (name, "bold"),
-        f"  {facts.sequences:,} sequences, {facts.tokens:,} tokens, {facts.trained_share:.0%} trained, "
-        f"{facts.truncated:,} cut{left_out}{packed}",
+        f"  {facts.sequences:,} sequence{'' if facts.sequences == 1 else 's'}, {facts.tokens:,} tokens, "
+        f"{facts.trained_share:.0%} trained, {facts.truncated:,} cut{left_out}{packed}",
     )
     most = max(one.sequences for one in facts.lengths)
     lines = [Text(f"  tokens (longest {facts.longest_tokens:,}, mean {facts.mean_tokens:,.0f})", style="bright_black")]

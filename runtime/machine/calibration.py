@@ -111,7 +111,7 @@ def load_calibration() -> Calibration:
     path = calibration_path()
     try:
         return Calibration.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Calibration()
     except (OSError, ValidationError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror

@@ -31,6 +31,8 @@ LITTLE_DISK_BYTES, NO_DISK_BYTES = 10 * GiB, 1 * GiB
 FREE_SHARE_OF_GPU = 0.75
 """A GPU of which less is free gets a warning that names who holds it."""
 MARKS: dict[Status, tuple[str, str]] = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+ASCII = {"✓": "+", "!": "!", "✗": "x", "→": "->"}
+"""The marks on a terminal that has ASCII alone."""
 
 
 class Check(Value):
@@ -95,6 +97,8 @@ def run_doctor(*, runs_path: Path = Path("runs"), timeout_seconds: float = 120.0
 
 def render_doctor(report: DoctorReport, console: Console) -> None:
     """Prints the report as a table, and a last line that sums it up."""
+    shown = ASCII if console.options.ascii_only else {mark: mark for mark in ASCII}
+    arrow = shown["→"]
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(width=1)
     table.add_column(no_wrap=True, style="bold")
@@ -103,14 +107,14 @@ def render_doctor(report: DoctorReport, console: Console) -> None:
         mark, style = MARKS[check.status]
         text = Text(check.detail)
         if check.advice is not None:
-            text.append(f"\n→ {check.advice}", style="cyan")
-        table.add_row(Text(mark, style=style), check.name, text)
+            text.append(f"\n{arrow} {check.advice}", style="cyan")
+        table.add_row(Text(shown[mark], style=style), check.name, text)
     console.print(table)
     failed, warned = (sum(check.status == status for check in report.checks) for status in ("fail", "warn"))
     if report.healthy:
         console.print(Text(f"Ready to train ({warned} remark{'' if warned == 1 else 's'}).", style="green"))
     else:
-        console.print(Text(f"{failed} to put right before training (✗).", style="bold red"))
+        console.print(Text(f"{failed} to put right before training ({shown['✗']}).", style="bold red"))
 
 
 def _list_requirements() -> Iterator[Requirement]:
@@ -278,6 +282,9 @@ def _check_disks(runs_path: Path) -> Iterator[Check]:
     folders["hub's cache"] = (Path(hub), "set HF_HOME")
     for name, (folder, remedy) in folders.items():
         advice = f"free some, or {remedy} to a folder elsewhere"
+        if not find_existing(folder).is_dir():
+            yield Check(name=name, status="fail", detail=f"{find_existing(folder)} is no folder", advice=advice)
+            continue
         if not os.access(find_existing(folder), os.W_OK):
             yield Check(name=name, status="fail", detail=f"{folder} cannot be written", advice=advice)
             continue

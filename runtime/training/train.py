@@ -106,6 +106,9 @@ class Run:
     def _say(self, text: str) -> None:
         self.console.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
 
+    def _say_phase(self, text: str) -> None:
+        self.console.print(text, style="bright_black")
+
     @property
     def total_seconds(self) -> float:
         """Of all sessions, so far."""
@@ -148,12 +151,13 @@ class Run:
     def _execute(self, meter: Meter) -> RunReport:
         set_seed(self.recipe.train.seed)
         self.accelerator.init_trackers("fitune")
-        self.console.print("loading the model", style="bright_black")
+        self._say_phase("loading the model")
         keep_heap_tight(WEIGHT_BLOCK_BYTES)
         built = build_for_run(self.job, self.plan, self.base_folder, self.device)
         self.accelerator.prepare_model(built.model)
         keep_heap_tight()
         if self.session.checkpoint is None:
+            self._say_phase("evaluating before the first step")
             meter.enter("evaluate")
             self.history.before = self.judge.measure(built)
             self.history.forgetting_before = self.judge.measure_forgetting(built)
@@ -168,6 +172,7 @@ class Run:
         if self.recipe.output.merge and "adapter" in output and status not in STOPPED:
             self.accelerator.free_memory()
             free_memory(self.device)
+            self._say_phase("merging the adapters into the model")
             meter.enter("merge")
             output |= self.results.merge(output["adapter"])
         meter.stop()
@@ -187,7 +192,7 @@ class Run:
         if checkpoint is not None and state is not None:
             restore_weights(checkpoint, built)
             restore_training(checkpoint, state, built, loop)
-            self.console.print(f"going on after step {checkpoint.step} of {loop.steps}", style="bright_black")
+            self._say_phase(f"going on after step {checkpoint.step} of {loop.steps}")
         return loop
 
     def _train(self, built: BuiltModel, loop: TrainingLoop, meter: Meter) -> Status:
@@ -229,6 +234,7 @@ class Run:
         """Held-out loss and answer after training; a signal skips what is left of them, and the weights are saved."""
         if status in STOPPED:
             return status, None, None
+        self._say_phase("evaluating after the last step")
         meter.enter("evaluate")
         try:
             after = self.judge.measure(built)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,20 +183,23 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "--set train.max_steps: 0 is not",
     ),
     "an output that cannot be written": (
-        ["plan", "recipe.toml", "--quick", "--json", "-o", "no/plan.json"],
-        "no/plan.json",
+        ["plan", "recipe.toml", "-o", "no/plan.json"],
+        "no/plan.json: cannot be written: there is no folder no",
     ),
     "run of a lost plan": (["run", "lost.json"], "lost.json: cannot be read: No such file or directory"),
     "run of a recipe that is not there": (["run", "lost.toml"], "lost.toml: no such recipe"),
     "report of what is no run": (["report", "."], "no report.json"),
     "report of nothing": (["report", "lost"], "lost: there is no such run directory"),
-    "report of a file": (["report", "recipe.toml"], "recipe.toml"),
-    "chat with what is no run": (["chat", "."], ""),
+    "report of a file": (["report", "recipe.toml"], "recipe.toml: a file, not a run directory"),
+    "chat with what is no run": (["chat", "."], "no report.json"),
+    "chat with a file": (["chat", "recipe.toml"], "recipe.toml: a file, not a run directory"),
     "chat with nothing": (["chat", "lost"], "lost: there is no such run directory"),
     "explain nonsense": (["explain", "nonsense"], '"nonsense" is not a count such as "10B"'),
     "explain nothing at all": (["explain", ""], '"" is not a count'),
     "explain no parameters": (["explain", "0B"], "is not a whole number of at least 1"),
     "init over a file": (["init", "recipe.toml"], "recipe.toml exists already"),
+    "init over a folder": (["init", "."], ". is a folder: name another file"),
+    "--set of an unknown table": (["plan", "recipe.toml", "--set", "metod.kind=lora"], "--set metod: is not a table"),
     "init in a lost folder": (["init", "no/recipe.toml"], "no/recipe.toml: cannot be written"),
     "init without a model": (["init", "new.toml", "--model", ""], "model.id"),
     "show of no recipe": (["recipes", "show", "lost"], "lost: no such recipe"),
@@ -207,12 +211,7 @@ def test_a_wrong_argument_is_one_clear_message(
     fitune: Commands, workspace: Path, words: list[str], message: str
 ) -> None:
     before = list_files(workspace)
-    result = fitune(*words)
-    if "--json" in words:  # the plan was made and only the file failed
-        assert result.code == 1
-        assert result.err.startswith("error: no/plan.json: cannot be written: ")
-    else:
-        check_refusal(result, message)
+    check_refusal(fitune(*words), message)
     assert list_files(workspace) == before
 
 
@@ -223,6 +222,9 @@ def test_a_wrong_argument_is_one_clear_message(
         ["plna"],
         ["plan", "--no-such-option"],
         ["plan", "recipe.toml", "recipe.toml", "-o", "x.json"],
+        ["plan", "recipe.toml", "-o", "recipe.toml"],
+        ["plan", "recipe.toml", "--html", "recipe.toml"],
+        ["plan", "recipe.toml", "-o", "plan"],
         ["run"],
         ["run", "a.toml", "b.toml"],
         ["report"],
@@ -266,6 +268,56 @@ def test_a_reader_that_goes_away_is_no_error_message(workspace: Path, words: lis
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["recipes"], ["plan", "--quick", "--json", "recipe.toml"]], ids=" ".join)
+def test_output_into_a_file_on_a_full_disk_is_no_bug(workspace: Path, words: list[str]) -> None:
+    command = [sys.executable, "-m", "fitune.runtime.cli", *words]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_ctrl_c_while_the_program_is_loaded_leaves_no_traceback(workspace: Path) -> None:
+    """The signal comes with the first of fitune's own modules, before any command could handle it."""
+    script = (
+        "import os, signal, sys\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Interrupt(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'fitune.runtime.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "from fitune.runtime.__main__ import main\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_cache_that_is_a_file_costs_a_plan_nothing(
+    fitune: Commands, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(workspace / "rows.jsonl"))
+    result = fitune("plan", "--quick", "recipe.toml")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_run_directory_that_is_not_there_offers_the_last_one(fitune: Commands, workspace: Path) -> None:
+    for name in ("runs/recipe-20261123-101530", "elsewhere"):
+        Path(name).mkdir(parents=True)
+        Path(name, "report.json").write_text("{}", encoding="utf-8")
+    assert fitune("report", "runs/recipe-2026112-101530").err.endswith("(did you mean runs/recipe-20261123-101530?)\n")
+    assert fitune("report", "lost").err.endswith("(did you mean runs/recipe-20261123-101530?)\n")
+
+
+def test_a_report_of_another_version_says_which_file_and_what(fitune: Commands, workspace: Path) -> None:
+    assert fitune("plan", "--quick", "recipe.toml", "-o", "plan.json").code == 0
+    Path("report.json").write_text('{"format_version": 1}', encoding="utf-8")
+    check_refusal(fitune("report", "."), "report.json: not a report of this version of fitune: recipe: Field required")
+    Path("plan.json").write_text('{"format_version": 7}', encoding="utf-8")
+    check_refusal(fitune("report", "."), "plan.json: not a plan of this version of fitune: ")
 
 
 def test_a_terminal_that_cannot_show_a_name_is_no_error(fitune: Commands, workspace: Path) -> None:

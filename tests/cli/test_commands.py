@@ -104,3 +104,20 @@ def test_a_plan_keeps_within_the_terminal(
 
 def test_output_that_is_no_terminal_has_no_colours(fitune: Commands, workspace: Path) -> None:
     assert "\x1b" not in fitune.apart("plan", "--quick", "recipe.toml").out
+
+
+def test_init_writes_files_as_seen_from_the_recipe(fitune: Commands, workspace: Path) -> None:
+    Path("sub").mkdir()
+    assert fitune("init", "sub/mine.toml", "--data", "rows.jsonl", "--eval", "owner/name").code == 0
+    text = Path("sub/mine.toml").read_text(encoding="utf-8")
+    assert 'train = "../rows.jsonl"' in text
+    assert 'eval = "owner/name"' in text
+    assert "# fitune run sub/mine.toml " in text
+    assert fitune("validate", "sub/mine.toml", "--set", "data.eval=0.5").code == 0
+
+
+def test_each_command_is_described_within_a_line_of_80_columns(
+    fitune: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in fitune("--help").out.partition("Commands:")[2]

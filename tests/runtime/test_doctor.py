@@ -163,3 +163,14 @@ def test_a_report_is_shown_with_its_advice_and_summed_up(statuses: list[Any], he
     assert lines[-1].strip() == last
     assert screen.getvalue().count("found [bold]") == len(statuses)
     assert [line.strip() for line in lines if "→" in line] == [f"→ {c.advice}" for c in checks if c.advice]
+
+
+def test_a_terminal_that_has_ascii_alone_tells_what_is_well_from_what_is_not() -> None:
+    statuses: list[Any] = ["ok", "warn", "fail"]
+    checks = tuple(Check(name=f"thing {status}", status=status, detail="", advice="do") for status in statuses)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    render_doctor(DoctorReport(checks=checks, versions={}), Console(file=screen, width=100))
+    screen.seek(0)
+    lines = [line.strip() for line in screen.read().splitlines()]
+    assert [line[:2] for line in lines if "thing" in line] == ["+ ", "! ", "x "]
+    assert "-> do" in lines

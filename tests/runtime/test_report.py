@@ -114,6 +114,16 @@ def test_a_report_sets_the_time_of_each_part_beside_the_planned_one(finished: Pa
     assert set(parts) | {"the whole run"} <= set(lines)
 
 
+def test_a_run_that_was_not_done_in_one_go_is_not_compared_with_the_time_of_a_whole_one(finished: Path) -> None:
+    plan, report = load_report(finished)
+    stopped = report.model_copy(update={"status": "interrupted"})
+    resumed = report.model_copy(update={"resumed_from": (1,)})
+    early = report.model_copy(update={"speed": report.speed.model_copy(update={"steps": report.speed.steps - 1})})
+    for part in (stopped, resumed, early):
+        assert [one["name"] for one in json.loads(make_report_json(plan, part))["parts"]] == ["load"]
+        assert "the whole run" not in render(plan, part)
+
+
 def test_text_in_brackets_is_shown_as_it_is(finished: Path) -> None:
     """An answer or a path is not the terminal's markup."""
     plan, report = load_report(finished)
@@ -155,12 +165,13 @@ def test_a_damaged_document_is_one_message(finished: Path, tmp_path: Path, name:
     for one in ("plan.json", "report.json"):
         (tmp_path / one).write_bytes((finished / one).read_bytes())
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunError, match=r"its plan or report cannot be read") as refused:
+    what = rf"{name}: not a {name.removesuffix('.json')} of this version of fitune: "
+    with pytest.raises(RunError, match=what) as refused:
         load_report(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_run_without_its_plan_is_one_message(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
-    with pytest.raises(RunError, match=r"its plan or report cannot be read"):
+    with pytest.raises(RunError, match=r"plan\.json: cannot be read: No such file"):
         load_report(tmp_path)
