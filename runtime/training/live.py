@@ -47,26 +47,32 @@ class LiveLine:
     def update(
         self, step: int, *, loss: float, tokens_per_second: float, memory_bytes: int, seconds_left: float
     ) -> None:
-        """Show one finished step."""
-        line = Text.assemble(
-            (f"step {step:>{len(str(self._steps))}}/{self._steps}", "bold"),
-            f"  loss {loss:6.3f}  {self._describe_speed(tokens_per_second)}  {self._describe_memory(memory_bytes)}",
-            f"  {format_seconds(seconds_left)} left",
-        )
+        """Show one finished step; on a narrow terminal with less beside what was measured, on one line."""
+        speeds, memories = self._describe_speed(tokens_per_second), self._describe_memory(memory_bytes)
+        lines = [
+            Text.assemble(
+                (f"step {step:>{len(str(self._steps))}}/{self._steps}", "bold"),
+                f"  loss {loss:6.3f}  {speed}  {memory}  {format_seconds(seconds_left)} left",
+            )
+            for speed, memory in zip(speeds, memories, strict=True)
+        ]
         if self._live is not None:
-            self._live.update(line, refresh=True)
+            fitting = (one for one in lines if one.cell_len <= self._console.width)
+            self._live.update(next(fitting, lines[-1]), refresh=True)
         elif step == self._steps or step == 1 or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(lines[0], soft_wrap=True)
 
-    def _describe_speed(self, tokens_per_second: float) -> str:
-        """Such as `7,415 tokens/s of 7,832 planned, MFU 38%`."""
-        planned = self._predicted
+    def _describe_speed(self, tokens_per_second: float) -> tuple[str, str, str]:
+        """Such as `7,415 tokens/s of 7,832 planned, MFU 38%`; and shorter ones."""
+        planned, alone = self._predicted, f"{tokens_per_second:,.0f} tokens/s"
         if planned is None:
-            return f"{tokens_per_second:,.0f} tokens/s"
+            return alone, alone, alone
         reached = planned.model_flops_utilization * tokens_per_second / planned.tokens_per_second
-        return f"{tokens_per_second:,.0f} tokens/s of {planned.tokens_per_second:,.0f} planned, MFU {reached:.0%}"
+        beside = f"{alone} of {planned.tokens_per_second:,.0f}"
+        return f"{beside} planned, MFU {reached:.0%}", beside, alone
 
-    def _describe_memory(self, now_bytes: int) -> str:
-        """Such as `memory 1.2 now, 1.3 predicted, 1.5 GiB budget`."""
+    def _describe_memory(self, now_bytes: int) -> tuple[str, str, str]:
+        """Such as `memory 1.2 now, 1.3 predicted, 1.5 GiB budget`; and shorter ones."""
         now, predicted, budget = (size / GiB for size in (now_bytes, self._predicted_bytes, self._budget_bytes))
-        return f"memory {now:.1f} now, {predicted:.1f} predicted, {budget:.1f} GiB budget"
+        whole = f"memory {now:.1f} now, {predicted:.1f} predicted, {budget:.1f} GiB budget"
+        return whole, f"memory {now:.1f} of {budget:.1f} GiB", f"memory {now:.1f} GiB"

@@ -358,18 +358,32 @@ def test_the_live_line_shows_every_step_on_a_terminal_and_ten_elsewhere() -> Non
     assert all(f"step {step:>3}/100" in show(terminal=True) for step in (1, 37, 100))
 
 
+PLANNED = Speed(
+    tokens_per_second=2000.0,
+    step_seconds=1.0,
+    startup_seconds=0.0,
+    model_flops_utilization=0.4,
+    limit="device",
+    phases=(),
+)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 140])
+def test_the_live_line_is_one_line_on_a_narrow_terminal_too(width: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    memory = {"predicted_bytes": 70 * 2**30, "budget_bytes": 78 * 2**30}
+    with LiveLine(console, steps=1000, predicted=PLANNED, **memory) as line:
+        line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=69 * 2**30, seconds_left=6000.0)
+        shown = file.getvalue()
+    assert "\n" not in shown
+    assert all(part in shown for part in ("step    1/1000", "1,500 tokens/s", "memory 69.0", "1:40 h left"))
+
+
 def test_the_live_line_sets_the_speed_beside_the_plans() -> None:
-    planned = Speed(
-        tokens_per_second=2000.0,
-        step_seconds=1.0,
-        startup_seconds=0.0,
-        model_flops_utilization=0.4,
-        limit="device",
-        phases=(),
-    )
     file = io.StringIO()
     console = Console(file=file, width=200)
-    with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=planned) as line:
+    with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=PLANNED) as line:
         line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=2**29, seconds_left=0)
     assert "1,500 tokens/s of 2,000 planned, MFU 30%" in file.getvalue()
 
