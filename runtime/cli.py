@@ -173,12 +173,23 @@ def run(recipe: str, overrides: tuple[str, ...], resume: bool, replan: bool) -> 
 @cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def report(run_dir: Path, as_json: bool) -> None:
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False),
+    callback=check_written,
+    metavar="FILE.html",
+    help="Write the losses, the memory over time and all figures as one HTML page.",
+)
+def report(run_dir: Path, as_json: bool, html: str | None) -> None:
     """Show a run's result: predicted against measured."""
     from .report import load_report, make_report_json
     from .report_view import render_report
 
     made, found = load_report(run_dir)
+    if html is not None:
+        from .report_page import render_report_page
+
+        write_text(Path(html), render_report_page(made, found, run_dir))
     if as_json:
         click.echo(make_report_json(made, found))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -12,10 +12,9 @@ from rich.text import Text
 
 from ..planner.plan import Plan
 from ..planner.show.reasons import describe_strategy
-from ..planner.speed import Speed as PlannedSpeed
 from ..recipes.units import format_bytes, format_seconds
 from .data.view import describe_data
-from .report import RunReport, Speed, is_whole, list_part_seconds, list_phase_peaks, predict_file_bytes
+from .report import RunReport, is_whole, list_part_seconds, list_phase_peaks, predict_file_bytes
 from .shown import show_text
 from .training.forgetting import render_forgetting
 
@@ -29,10 +28,13 @@ def render_report(plan: Plan, report: RunReport, console: Console) -> None:
             title_align="left",
         )
     )
-    console.print(_render_memory(plan, report))
-    if plan.speed is not None and report.speed.tokens_per_second:
-        console.print(_render_speed(plan.speed, report.speed))
-        console.print(_render_parts(plan, plan.speed.total_seconds, report))
+    console.print(_make_table("Memory", list_memory(plan, report)))
+    if speed := list_speed(plan, report):
+        console.print(_make_table("Speed", speed))
+        console.print(_make_table("Time", list_times(plan, report)))
+    if speed and report.speed.first_step_seconds:
+        first = format_seconds(report.speed.first_step_seconds)
+        console.print(f"The first step took {first}: it is left out of tokens a second and of the mean step.")
     for event in report.events:
         console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
     if report.forgetting is not None and report.forgetting.warning is not None:
@@ -75,77 +77,76 @@ def _render_result(plan: Plan, report: RunReport) -> Group:
     return Group(*lines)
 
 
-def _render_memory(plan: Plan, report: RunReport) -> Table:
+Row = tuple[str, str, str, str]
+"""Of a table: name, predicted, measured, error."""
+
+
+def list_memory(plan: Plan, report: RunReport) -> list[Row]:
+    """The run's memory and files; then each phase's peak."""
     predicted, measured = plan.memory, report.measured
     what = "device memory (NVML)" if plan.device.kind == "cuda" else "resident memory of the process"
-    table = _make_table("Memory")
-    rows = [
-        ("live tensors", predicted.peak_allocated_bytes, measured.peak_allocated_bytes),
-        ("reserved by the allocator", predicted.peak_reserved_bytes, measured.peak_reserved_bytes),
-        (what, predicted.peak_device_bytes, measured.peak_device_bytes),
-        ("files", predict_file_bytes(plan, report), measured.disk_bytes),
-    ]
-    _add_peaks(table, rows)
-    table.add_row("with margin, decided on", format_bytes(predicted.required_bytes), "", "")
-    table.add_row("budget", format_bytes(predicted.budget_bytes), "", "")
-    table.add_section()
     kind = "live tensors" if plan.device.kind == "cuda" else "resident"
     phases = list_phase_peaks(plan, report)
-    _add_peaks(table, [(f"{kind} in {one.name}", one.predicted_bytes, one.measured_bytes) for one in phases])
-    return table
+    return [
+        *_list_peaks(
+            [
+                ("live tensors", predicted.peak_allocated_bytes, measured.peak_allocated_bytes),
+                ("reserved by the allocator", predicted.peak_reserved_bytes, measured.peak_reserved_bytes),
+                (what, predicted.peak_device_bytes, measured.peak_device_bytes),
+                ("files", predict_file_bytes(plan, report), measured.disk_bytes),
+            ]
+        ),
+        ("with margin, decided on", format_bytes(predicted.required_bytes), "", ""),
+        ("budget", format_bytes(predicted.budget_bytes), "", ""),
+        *_list_peaks((f"{kind} in {one.name}", one.predicted_bytes, one.measured_bytes) for one in phases),
+    ]
 
 
-def _add_peaks(table: Table, peaks: Iterable[tuple[str, int | None, int | None]]) -> None:
+def _list_peaks(peaks: Iterable[tuple[str, int | None, int | None]]) -> Iterator[Row]:
     """Rows of name, predicted and measured bytes, with the error; what is not known on both sides is left out."""
     for name, ours, theirs in peaks:
         if ours is not None and theirs is not None:
-            error = _show_error(ours, theirs) if theirs else "-"
-            table.add_row(name, format_bytes(ours), format_bytes(theirs), error)
+            yield name, format_bytes(ours), format_bytes(theirs), _show_error(ours, theirs) if theirs else "-"
 
 
-def _render_speed(predicted: PlannedSpeed, measured: Speed) -> Table:
-    """Speed, predicted beside measured; the MFU that was reached follows from the tokens."""
-    table = _make_table("Speed")
+def list_speed(plan: Plan, report: RunReport) -> list[Row]:
+    """Speed, none where none was predicted or measured; the MFU that was reached follows from the tokens."""
+    predicted, measured = plan.speed, report.speed
+    if predicted is None or not measured.tokens_per_second:
+        return []
     tokens, utilization = predicted.tokens_per_second, predicted.model_flops_utilization
-    reached = None if measured.tokens_per_second is None else utilization * measured.tokens_per_second / tokens
+    reached = utilization * measured.tokens_per_second / tokens
     rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
         ("tokens a second", tokens, measured.tokens_per_second, "{:,.0f}".format),
         ("a step", predicted.step_seconds, measured.step_seconds, format_seconds),
         ("model FLOPs utilization", utilization, reached, "{:.1%}".format),
         ("J for 1,000 tokens", predicted.joules_per_1000_tokens, measured.joules_per_1000_tokens, "{:.3g}".format),
     ]
-    for name, ours, theirs, show in rows:
-        if ours is not None and theirs:
-            table.add_row(name, show(ours), show(theirs), _show_error(ours, theirs))
-    return table
+    return [
+        (name, show(ours), show(theirs), _show_error(ours, theirs))
+        for name, ours, theirs, show in rows
+        if ours is not None and theirs
+    ]
 
 
-def _render_parts(plan: Plan, total: float | None, report: RunReport) -> Table:
-    """The time of the run's parts, predicted beside measured.
-
-    total: seconds of the whole run by the plan
-    """
-    table = _make_table("Time")
-    for part in list_part_seconds(plan, report):
-        ours, theirs = part.predicted_seconds, part.measured_seconds
-        if theirs:
-            error = _show_error(ours, theirs)
-            table.add_row(part.name, format_seconds(ours), format_seconds(theirs), error)
-    taken = report.speed.total_seconds
-    if total is not None and taken and is_whole(plan, report):
-        table.add_row("the whole run", format_seconds(total), format_seconds(taken), _show_error(total, taken))
-    if report.speed.first_step_seconds:
-        first = format_seconds(report.speed.first_step_seconds)
-        table.caption = f"The first step took {first}: it is left out of tokens a second and of the mean step."
-        table.caption_justify = "left"
-    return table
+def list_times(plan: Plan, report: RunReport) -> list[Row]:
+    """The time of the run's parts; the whole run's where it was done in one go."""
+    parts = [(one.name, one.predicted_seconds, one.measured_seconds) for one in list_part_seconds(plan, report)]
+    if plan.speed is not None and plan.speed.total_seconds is not None and is_whole(plan, report):
+        parts.append(("the whole run", plan.speed.total_seconds, report.speed.total_seconds))
+    return [
+        (name, format_seconds(ours), format_seconds(theirs), _show_error(ours, theirs))
+        for name, ours, theirs in parts
+        if theirs
+    ]
 
 
-def _make_table(what: str) -> Table:
-    """An empty table of name, predicted, measured and error."""
+def _make_table(what: str, rows: Iterable[Row]) -> Table:
     table = Table(title=f"{what}, predicted against measured", title_justify="left", box=None, padding=(0, 2))
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -32,6 +32,7 @@ from .machine.host import probe_free_disk_bytes
 
 REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"
+METRICS_NAME, SAMPLES_NAME = "metrics.jsonl", "samples.jsonl"
 SCRATCH_PREFIX = ".writing-"
 """Names of files and folders that are being written; what a run that was killed leaves of them, the next removes."""
 REMOVED_PREFIX = ".removing-"

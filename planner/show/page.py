@@ -25,18 +25,17 @@ GiB = 2**30
 
 def render_page(plan: Plan) -> str:
     """The page; everything from the recipe is escaped."""
-    template = Template((files(__package__) / "plan.html").read_text(encoding="utf-8"))
     verdict, needs = describe_verdict(plan)
     sections = [
         _render_timeline(plan.memory),
         '<div class="pair">' + _render_memory(plan) + _render_phases(plan.memory) + "</div>",
-        _section("The run", _render_facts(plan)),
+        render_section("The run", _render_facts(plan)),
         _render_rejected(plan.rejected),
         _render_list("Notes", plan.warnings),
         _render_list("Advice", plan.advice),
     ]
-    return template.substitute(
-        recipe=escape(plan.recipe),
+    return fill_page(
+        title=f"Plan for {plan.recipe}",
         verdict=f'<b class="{"yes" if plan.fits else "no"}">{verdict}</b>: {escape(needs)}',
         body="\n".join(section for section in sections if section),
         footer=_render_footer(plan),
@@ -44,7 +43,16 @@ def render_page(plan: Plan) -> str:
     )
 
 
-def _section(title: str, content: str) -> str:
+def fill_page(*, title: str, verdict: str, body: str, footer: str, timeline: str = "null") -> str:
+    """A page in fitune's style; verdict and body are HTML, title and footer text, the timeline JSON for its script."""
+    template = Template((files(__package__) / "plan.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title), verdict=verdict, body=body, footer=escape(footer), timeline=timeline
+    )
+
+
+def render_section(title: str, content: str) -> str:
+    """A card of the page; both are HTML."""
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
@@ -55,10 +63,10 @@ def _render_timeline(memory: Memory) -> str:
         '<p class="soft">From left to right the allocations and frees of the rehearsed step, in their order; not time. '
         "Each point is the highest instant of its part.</p>"
     )
-    return _section("Live tensors over one optimizer step", render_chart(memory, memory.timeline) + note)
+    return render_section("Live tensors over one optimizer step", render_chart(memory, memory.timeline) + note)
 
 
-def _render_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+def render_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
     """Cells are HTML; the columns `numbers` are aligned right."""
 
     def row(cells: Sequence[str], tag: str) -> str:
@@ -92,13 +100,13 @@ def _render_memory(plan: Plan) -> str:
     live = {COMPONENT_WORDS[name]: size for name, size in memory.components if size}
     colors = {COMPONENT_WORDS[name]: name for name, _ in memory.components}
     content = _render_bars(live, colors, list_figures(plan))
-    return _section(f"Memory at its peak: {escape(memory.peak_phase)}", content)
+    return render_section(f"Memory at its peak: {escape(memory.peak_phase)}", content)
 
 
 def _render_phases(memory: Memory) -> str:
     peaks = {phase.name: phase.peak_allocated_bytes for phase in memory.phases if phase.peak_allocated_bytes}
     beside = [("RAM", memory.host_bytes, ""), ("disk", memory.disk_bytes, "")]
-    return _section("Live tensors by phase", _render_bars(peaks, {memory.peak_phase: "ink"}, beside))
+    return render_section("Live tensors by phase", _render_bars(peaks, {memory.peak_phase: "ink"}, beside))
 
 
 def _render_facts(plan: Plan) -> str:
@@ -114,23 +122,23 @@ def _render_rejected(rejected: Sequence[Rejected]) -> str:
     ]
     every = [(escape(describe_candidate(one.strategy)), *describe_need(one), escape(one.reason)) for one in rejected]
     heads = ("", "GiB", "of", "why")
-    content = _render_table(heads, closest, numbers=(1, 2))
+    content = render_table(heads, closest, numbers=(1, 2))
     if len(every) > len(closest):
-        listed = _render_table(heads, every, numbers=(1, 2))
+        listed = render_table(heads, every, numbers=(1, 2))
         content += f"<details><summary>All {len(every)} rejected candidates</summary>{listed}</details>"
-    return _section("Rejected, of each kind the closest", content)
+    return render_section("Rejected, of each kind the closest", content)
 
 
 def _render_list(title: str, lines: Sequence[str]) -> str:
     if not lines:
         return ""
-    return _section(title, "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
+    return render_section(title, "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>")
 
 
 def _render_footer(plan: Plan) -> str:
     source = "a rehearsal of the step" if plan.estimator == "rehearsal" else "closed forms"
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    return escape(f"Planned by fitune from {source}. Recipe {plan.recipe_sha256[:12]}. {versions}")
+    return f"Planned by fitune from {source}. Recipe {plan.recipe_sha256[:12]}. {versions}"
 
 
 def _gib(size: int) -> str:

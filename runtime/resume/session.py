@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 from ...planner.plan import Plan
 from ...recipes.errors import RunError
 from ..redaction import redact
-from ..rundir import PLAN_NAME, REPORT_NAME, RunDirectory, name_disk_errors, write_whole
+from ..rundir import (
+    METRICS_NAME,
+    PLAN_NAME,
+    REPORT_NAME,
+    SAMPLES_NAME,
+    RunDirectory,
+    name_disk_errors,
+    write_whole,
+)
 from .checkpoints import Checkpoint, CheckpointStore
 from .content import RunState, load_state
 from .run_record import RECORD_NAME, Failure, RunRecord, Session, list_changes, load_record, make_record
 
 if TYPE_CHECKING:
     from ..planning import Job
-
-METRICS_NAME, SAMPLES_NAME = "metrics.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ from ..resume.checkpoints import CheckpointStore
 from ..resume.content import History, restore_training, restore_weights
 from ..resume.keeper import Keeper
 from ..resume.replanning import describe_new_plan
-from ..resume.session import METRICS_NAME, SAMPLES_NAME, open_session, record_failure
+from ..resume.session import open_session, record_failure
 from ..resume.signals import StopSignals, find_signal
-from ..rundir import REPORT_NAME, RunDirectory
+from ..rundir import METRICS_NAME, REPORT_NAME, SAMPLES_NAME, RunDirectory
 from ..versions import find_versions
 from .allocation import limit_allocator, use_expandable_segments
 from .failures import explain_failure

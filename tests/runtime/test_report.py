@@ -15,7 +15,8 @@ from fitune.recipes.errors import RunError
 from fitune.recipes.units import format_bytes
 from fitune.runtime.machine.samples import PhasePeak, Tally
 from fitune.runtime.report import RunReport, load_report, make_report_json
-from fitune.runtime.report_view import render_report
+from fitune.runtime.report_page import render_report_page
+from fitune.runtime.report_view import list_memory, list_speed, list_times, render_report
 from fitune.runtime.training.loop import Progress
 from fitune.runtime.training.outcome import make_speed
 
@@ -175,3 +176,36 @@ def test_a_run_without_its_plan_is_one_message(finished: Path, tmp_path: Path) -
     (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
     with pytest.raises(RunError, match=r"plan\.json: cannot be read: No such file"):
         load_report(tmp_path)
+
+
+def test_a_run_is_shown_as_a_page_with_its_losses_its_memory_and_every_figure(finished: Path) -> None:
+    plan, report = load_report(finished)
+    page = render_report_page(plan, report, finished)
+    assert page.count("<svg") == 2
+    assert f"predicted {format_bytes(plan.memory.peak_device_bytes)}</text>" in page
+    rows = [*list_memory(plan, report), *list_speed(plan, report), *list_times(plan, report)]
+    assert len(rows) > 12
+    assert all(f'<td class="n">{cell}</td>' in page for row in rows for cell in row[1:] if cell)
+
+
+def test_a_page_of_a_run_takes_no_text_for_html_and_leaves_out_what_is_damaged(finished: Path, tmp_path: Path) -> None:
+    plan, report = load_report(finished)
+    assert report.sample is not None
+    sample = report.sample.model_copy(update={"after": "<script>alert(1)</script>"})
+    hostile = report.model_copy(update={"sample": sample, "recipe": "<b>x</b>.toml"})
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "loss": 2.0}\n{"step": "a", "loss": 1}\n\xff\n[1]\n{"step": 2, "lo'
+    )
+    page = render_report_page(plan, hostile, tmp_path)
+    assert "<script>alert" not in page and "<b>x</b>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<svg" not in page, "one point is no line"
+
+
+def test_memory_of_a_resumed_run_is_drawn_on_from_where_it_was(finished: Path, tmp_path: Path) -> None:
+    """Each session's samples count from its own start."""
+    plan, report = load_report(finished)
+    samples = [{"seconds": at, "rss_bytes": 2**30} for at in (0.0, 50.0, 100.0, 0.0, 60.0)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples), encoding="utf-8")
+    page = render_report_page(plan, report, tmp_path)
+    assert "2:40 min</text>" in page
