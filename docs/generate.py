@@ -3,7 +3,8 @@
 recipe: docs/recipe.md from the recipe's schema, and the keys of docs/data_make.md from the schema of its spec.
 speed: the tables of docs/speed.md and docs/images/speed.svg; takes four minutes.
 accuracy: the tables of docs/accuracy.md and docs/images/accuracy.svg, from all measured rows; takes two minutes.
-images: docs/images' other pictures, from real commands, recorded by rich. The run takes minutes, on an idle machine.
+images: docs/images' other pictures, or those that are named, from real commands, recorded by rich. The run takes
+        minutes, on an idle machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,31 +106,44 @@ def _describe(schema: dict[str, Any], node: dict[str, Any]) -> str:
     return {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}[node["type"]]
 
 
-def make_images() -> None:
-    """The pictures of the README: real output of real commands."""
-    from fitune.planner.lecture.explain import make_explanation, render_explanation
+def make_images(names: Sequence[str]) -> None:
+    """The pictures of the README that are named: real output of real commands, typed in a checkout."""
+    os.chdir(RECIPES.parent)
+    for name in names:
+        PICTURES[name]()
+
+
+def _draw_plan(name: str, recipe: str) -> None:
     from fitune.planner.show.plan import render_plan
-    from fitune.runtime.machine.doctor import render_doctor, run_doctor
     from fitune.runtime.planning import Job
+
+    console = _record()
+    render_plan(Job(recipe).make_plan(quick=False), console, next_command=f"fitune run {recipe}")
+    _save(console, name, f"fitune plan {recipe}")
+
+
+def _draw_explanation() -> None:
+    from fitune.planner.lecture.explain import make_explanation, render_explanation
+
+    console = _record()
+    render_explanation(make_explanation("10B"), console)
+    _save(console, "explain", "fitune explain 10B")
+
+
+def _draw_doctor() -> None:
+    from fitune.runtime.machine.doctor import render_doctor, run_doctor
+
+    console = _record()
+    render_doctor(run_doctor(), console)
+    _save(console, "doctor", "fitune doctor")
+
+
+def _draw_run() -> None:
+    """The quick start, and its report."""
     from fitune.runtime.report import load_report
     from fitune.runtime.report_view import render_report
     from fitune.runtime.running import run_recipe
 
-    os.chdir(RECIPES.parent)
-    lecture = "recipes/lecture-10b.toml"
-    console = _record()
-    render_plan(Job(lecture).make_plan(quick=False), console, next_command=f"fitune run {lecture}")
-    _save(console, "plan", f"fitune plan {lecture}")
-    timed = "recipes/llama-3.1-8b-lora.toml"
-    console = _record()
-    render_plan(Job(timed).make_plan(quick=False), console, next_command=f"fitune run {timed}")
-    _save(console, "timeline", f"fitune plan {timed}")
-    console = _record()
-    render_explanation(make_explanation("10B"), console)
-    _save(console, "explain", "fitune explain 10B")
-    console = _record()
-    render_doctor(run_doctor(), console)
-    _save(console, "doctor", "fitune doctor")
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "recipes").symlink_to(RECIPES)
         os.chdir(scratch)
@@ -138,6 +154,16 @@ def make_images() -> None:
         console = _record()
         render_report(*load_report(run), console)
         _save(console, "report", f"fitune report {run}")
+        os.chdir(RECIPES.parent)
+
+
+PICTURES: dict[str, Callable[[], None]] = {
+    "plan": partial(_draw_plan, "plan", "recipes/lecture-10b.toml"),
+    "timeline": partial(_draw_plan, "timeline", "recipes/llama-3.1-8b-lora.toml"),
+    "explain": _draw_explanation,
+    "doctor": _draw_doctor,
+    "run": _draw_run,
+}
 
 
 def make_speed() -> None:
@@ -201,7 +227,7 @@ if __name__ == "__main__":
         make_accuracy()
     elif what == ["speed"]:
         make_speed()
-    elif what == ["images"]:
-        make_images()
+    elif what[:1] == ["images"] and set(what[1:]) <= set(PICTURES):
+        make_images(what[1:] or list(PICTURES))
     else:
-        sys.exit("usage: python docs/generate.py recipe|accuracy|speed|images")
+        sys.exit("usage: python docs/generate.py recipe|accuracy|speed|images [plan|timeline|explain|doctor|run]...")

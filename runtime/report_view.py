@@ -34,7 +34,8 @@ def render_report(plan: Plan, report: RunReport, console: Console) -> None:
         console.print(_make_table("Time", list_times(plan, report)))
     if speed and report.speed.first_step_seconds:
         first = format_seconds(report.speed.first_step_seconds)
-        console.print(f"The first step took {first}: it is left out of tokens a second and of the mean step.")
+        which = "first step of each start" if report.resumed_from else "first step"
+        console.print(f"The {which} took {first}, left out of tokens a second and of the mean step.", soft_wrap=True)
     for event in report.events:
         console.print(Text.assemble(("note: ", "yellow"), show_text(str(event["message"]))))
     if report.forgetting is not None and report.forgetting.warning is not None:
