@@ -130,6 +130,8 @@ class RunDirectory:
         """Make the directory and take it; RunError where another run holds it or has left its files there."""
         try:
             self._made = not self.path.exists()
+            if not self._made and not self.path.is_dir():
+                raise RunError(f"output.dir: {self.path} is a file, not a folder")
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_links()
             self._lock.acquire()

@@ -253,6 +253,9 @@ def describe_verdict(plan: Plan) -> tuple[str, str]:
     takes = "" if total is None else f", {format_seconds(total)}"
     if plan.fits:
         return "fits", f"{needs}, {_gib(memory.budget_bytes - memory.required_bytes)} GiB to spare{takes}"
+    closest = next((one for one in plan.rejected if one.strategy == plan.strategy), None)
+    if closest is not None and closest.component in ("host", "disk", "time"):
+        return "nothing fits", f"the closest candidate {closest.reason}"
     return "nothing fits", f"the closest candidate needs {needs}{takes}"
 
 

@@ -58,7 +58,10 @@ def load_embedded_model() -> Path:
                 convert_gguf(find_gguf(Path(scratch)), converted)
                 converted.rename(target)
     except OSError as error:
-        raise ModelError(f"{EMBEDDED_MODEL}: cannot write to the cache {target.parent}: {error}") from error
+        why = error.strerror or error
+        raise ModelError(
+            f"{EMBEDDED_MODEL}: the cache {target.parent} cannot be written: {why}: FITUNE_CACHE names another folder"
+        ) from error
     return target
 
 

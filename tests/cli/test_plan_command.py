@@ -240,3 +240,19 @@ def test_any_file_name_is_shown_as_it_is_and_quoted_in_the_next_command(
     result = fitune("plan", "--quick", name)
     assert result.code == 0
     assert shlex.split(result.out.splitlines()[-1])[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("budget.disk=1KiB", "of disk free: the files that it writes"),
+        ("budget.memory=1MiB", "of 0.00 GiB"),
+    ],
+)
+def test_the_last_line_says_which_budget_the_closest_candidate_breaks(
+    fitune: Commands, workspace: Path, setting: str, why: str
+) -> None:
+    result = fitune("plan", "--quick", "recipe.toml", "--set", setting)
+    assert result.code == 3
+    last = [line for line in result.out.splitlines() if line.strip()][-1]
+    assert last.startswith("nothing fits: the closest candidate needs ") and last.rstrip().endswith(why)

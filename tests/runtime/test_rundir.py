@@ -75,7 +75,7 @@ def test_a_directory_with_files_in_it_is_refused_and_left_as_it_is(tmp_path: Pat
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(RunError, match=r"output\.dir: .*run cannot be written"):
+    with pytest.raises(RunError, match=r"output\.dir: .*run is a file, not a folder"):
         RunDirectory(tmp_path / "run").__enter__()
 
 
