@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def _rename(svg: str, folder: str, shown: str) -> str:
 
     def replace(found: re.Match[str]) -> str:
         text = found[3].replace(folder, shown)
-        return f'textLength="{float(found[1]) * len(text) / len(found[3]):.1f}"{found[2]}>{text}<'
+        share = len(unescape(text)) / len(unescape(found[3]))
+        return f'textLength="{float(found[1]) * share:.1f}"{found[2]}>{text}<'
 
     return re.sub(rf'textLength="([\d.]+)"([^>]*)>([^<]*{re.escape(folder)}[^<]*)<', replace, svg)
 
