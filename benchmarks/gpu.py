@@ -1,7 +1,8 @@
 """fitune's speed and memory on this machine's NVIDIA GPU, case by case, against the plan and the targets.
 
     python -m benchmarks.gpu --check         # first: does everything work here? 2 to 3 minutes
-    python -m benchmarks.gpu                 # every case within 8 minutes on an H100; needs 20 GB of free disk
+    python -m benchmarks.gpu                 # every case with a target within 8 minutes on an H100; 20 GB of free disk
+    python -m benchmarks.gpu --all           # the exploratory ones too: 20 minutes
     python -m benchmarks.gpu --search        # a few knobs at 24 GiB, all combinations, against the plan's choice
     python -m benchmarks.gpu --cases lora-auto,qlora-auto
     python -m benchmarks.gpu --smoke         # the same script with tiny models on the CPU, to see that it works
@@ -26,10 +27,13 @@ from typing import Any
 
 from rich.console import Console
 
-from .gpu_cases import CASES, MODELS, Case, list_search_cases, run_apart, run_case
+from .gpu_cases import CASES, MODELS, MORE_CASES, Case, list_search_cases, run_apart, run_case
 from .gpu_check import check
 from .gpu_table import show
 
+MINUTES, ALL_MINUTES = 8.0, 20.0
+WRITING_SECONDS = {"8b": 45, "1b": 20}
+"""Guessed, of making a model's weights on the card and writing them; they count in what is left for its case."""
 MODEL_SECONDS = 120
 """Writing 16 GB may take so long."""
 CASE_SECONDS = 240
@@ -44,7 +48,8 @@ def run_cases(cases: Sequence[Case], scratch: Path, *, smoke: bool, minutes: flo
     failed: dict[str, str] = {}
     for case in cases:
         left_seconds = deadline - time.monotonic()
-        if not smoke and left_seconds < case.seconds:
+        writing = 0 if case.model in models or case.model in failed else WRITING_SECONDS[case.model]
+        if not smoke and left_seconds < writing + case.seconds:
             yield {"case": case.name, "skipped": f"not run: {left_seconds:.0f} s were left of {minutes:g} minutes"}
             continue
         if case.model not in models and case.model not in failed:
@@ -75,12 +80,15 @@ def write_model(key: str, folder: Path, *, smoke: bool) -> str | None:
 
 
 def choose_cases(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[Case]:
-    """The cases that are named, or all of them; those of the exhaustive check with --search."""
+    """The cases that are named; else those with a target, and all of them with --all or on a CPU; those of the
+    exhaustive check with --search."""
     if given.search:
         cases = list_search_cases()
         return list(cases[:3] if given.smoke else cases)
-    known = {case.name: case for case in CASES}
-    names = list(known) if given.cases is None else given.cases.split(",")
+    known = {case.name: case for case in (*CASES, *MORE_CASES)}
+    if given.cases is None:
+        return list(known.values()) if given.all or given.smoke else list(CASES)
+    names = given.cases.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"no case {unknown[0]}: there are {', '.join(known)}")
@@ -95,7 +103,10 @@ def main() -> int:
     )
     parser.add_argument("--search", action="store_true", help="all combinations of a few knobs, and the plan's choice")
     parser.add_argument("--cases", help="names, joined by commas")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all cases together (default 8)")
+    parser.add_argument("--all", action="store_true", help="cases without a target, too")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all cases (default {MINUTES:g}, {ALL_MINUTES:g} with --all)"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for models and runs; default: the system's temporary one")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU: does the script work?")
     given = parser.parse_args()
@@ -107,10 +118,11 @@ def main() -> int:
     chosen = choose_cases(parser, given)
     if given.scratch is not None and not given.scratch.is_dir():
         parser.error(f"--scratch: {given.scratch} is not a folder")
+    minutes = given.minutes or (ALL_MINUTES if given.all else MINUTES)
     console = Console(width=180, highlight=False)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=given.scratch, prefix="fitune-gpu-") as scratch:
-        for row in run_cases(chosen, Path(scratch), smoke=given.smoke, minutes=given.minutes):
+        for row in run_cases(chosen, Path(scratch), smoke=given.smoke, minutes=minutes):
             rows.append(row)
             said = row.get("error") or row.get("skipped") or f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"{row['case']}: {said}", file=sys.stderr, flush=True)

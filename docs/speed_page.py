@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from scatter import PANELS, Axis, Point, draw_scatter
 
 from fitune.runtime.rehearsal.accuracy import make_spread
-from fitune.runtime.rehearsal.accuracy_speed import TimedRow, render_host_cost
+from fitune.runtime.rehearsal.accuracy_speed import TimedRow, render_host_cost, render_issue_share
 
 AXIS = Axis(name="time of a step", unit="s", lowest=0.04, highest=6.0, ticks=(0.05, 0.1, 0.2, 0.5, 1, 2, 5))
 PARTS: dict[str, Callable[[TimedRow], bool]] = {
@@ -28,6 +28,7 @@ def make_speed_parts(rows: Sequence[TimedRow]) -> dict[str, str]:
     return {
         "summary": _make_summary(rows),
         "host": "\n".join(f"- {line}" for line in render_host_cost(rows)),
+        "update": "\n".join(f"- {line}" for line in render_issue_share(rows)),
         "late": _make_late([row for row in rows if row.is_late]),
         "rows": _make_table([row for row in rows if row.is_long]),
         "short": _make_table([row for row in rows if not row.is_long]),

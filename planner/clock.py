@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from math import ceil
 
@@ -112,6 +113,25 @@ def estimate_widths(row_tokens: Sequence[int], strategy: Strategy, *, longest: i
     return widths
 
 
+def add_paging(time: StepTime, memory: Memory, rates: Rates) -> StepTime:
+    """The step with what paged states travel to the card and back: nothing where all of them stay there beside the
+    rest, else 2 * managed_bytes / host_bytes.
+
+    bitsandbytes brings the states of one tensor after the other to the card and waits for each update. The driver makes
+    room by evicting what it brought there the longest ago (pick_root_chunk_to_evict in uvm_pmm_gpu.c,
+    https://github.com/NVIDIA/open-gpu-kernel-modules), and that is what the next step asks for first: so if one page
+    has to go, every one has gone by the time it is needed again. Not measured: all measured steps had room.
+
+    memory: of the step's strategy
+    """
+    if not memory.managed_bytes or memory.peak_device_bytes <= memory.budget_bytes or rates.host_bytes is None:
+        return time
+    moved = 2 * memory.managed_bytes / rates.host_bytes
+    last = time.phases[-1]
+    paged = {"device_seconds": last.device_seconds + moved, "seconds": last.seconds + moved}
+    return replace(time, phases=(*time.phases[:-1], last.model_copy(update=paged)))
+
+
 class Timer:
     """Times whole runs of a recipe.
 
@@ -145,6 +165,10 @@ class Timer:
     def rehearse(self, strategy: Strategy) -> StepTime:
         """A step as exactly as it can be had; TraceError where the model cannot be rehearsed."""
         return self._fit(strategy, self._quick(strategy) if self._exact is None else self._exact(strategy))
+
+    def page(self, time: StepTime, memory: Memory) -> StepTime:
+        """See add_paging."""
+        return add_paging(time, memory, find_order_rates(self._device))
 
     def _fit(self, strategy: Strategy, time: StepTime) -> StepTime:
         if self._data.row_tokens is None:

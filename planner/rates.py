@@ -29,6 +29,12 @@ and 989 TFLOP/s, L4: 242 and 121)."""
 MEMORY_SHARE = 0.80
 """Of the memory's bandwidth that element-wise operations reach: 78 to 84 % of an H100's is what profiles of such
 kernels show; strided and mixed-dtype ones reach less, cached ones more."""
+ISSUE_SHARE = 0.70
+"""Of the instructions that a card can issue, what bitsandbytes' 8-bit update does: the middle of the measured steps of
+full fine-tuning of which it is a fifth or more (docs/speed.md)."""
+SLOW_FP32 = ("7.0", "7.2", "7.5", "8.0")
+"""Compute capabilities whose multiprocessors issue twice as many instructions as they have lanes for fp32: 4 warps of
+32 a cycle, 64 lanes (CUDA C++ programming guide, arithmetic instructions)."""
 HOST_SHARE = 0.80
 """Of PCIe's nominal rate that copies of pinned memory reach: 25 of 31.5 GB/s is usual. Not measured here."""
 UNKNOWN_HOST_GB_PER_SECOND = 15.75
@@ -97,6 +103,7 @@ def make_gpu_rates(gpu: CatalogGpu) -> Rates:
         full_flops=None if gpu.fp32_tflops is None else MATRIX_SHARE * gpu.fp32_tflops * 1e12,
         float8_flops=FLOAT8_FACTOR * MATRIX_SHARE * peak if gpu.capability >= FLOAT8_CAPABILITY else None,
         memory_bytes=MEMORY_SHARE * gpu.bandwidth_gb_per_second * 1e9,
+        instructions=_estimate_issue_rate(gpu),
         host_bytes=HOST_SHARE * host * 1e9,
         operation_seconds=OPERATION_SECONDS,
         kernel_seconds=KERNEL_SECONDS,
@@ -104,6 +111,14 @@ def make_gpu_rates(gpu: CatalogGpu) -> Rates:
         board_watts=gpu.board_watts,
         source=f"{gpu.source}; shares of it as measured on an H100",
     )
+
+
+def _estimate_issue_rate(gpu: CatalogGpu) -> float | None:
+    """Instructions a second: the data sheet's fp32 operations are two for each, a product and a sum."""
+    if gpu.fp32_tflops is None:
+        return None
+    issued = gpu.fp32_tflops * 1e12 / 2 * (2 if gpu.compute_capability in SLOW_FP32 else 1)
+    return ISSUE_SHARE * issued
 
 
 def _find_attention(gpu: CatalogGpu) -> Literal["cudnn", "flash", "efficient"]:

@@ -218,6 +218,7 @@ class _Walk:
         """The strategy timed as exactly as its memory was measured."""
         is_rehearsed = memory.estimator == "rehearsal"
         time = self.timer.rehearse(strategy) if is_rehearsed else self.timer.estimate(strategy)
+        time = self.timer.page(time, memory)
         return Candidate(
             strategy=strategy,
             memory=memory,

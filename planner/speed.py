@@ -1,6 +1,7 @@
 """Step times: a roofline over the operations of a step, and what follows from it for a run.
 
-An operation takes the longer of its arithmetic and its traffic: max(operations / matrix rate, bytes / bandwidth). Where
+An operation takes the longest of its arithmetic, its traffic and, where a kernel is known to be bound by them, its
+instructions: max(operations / matrix rate, bytes / bandwidth, instructions / issue rate). Where
 the host runs ahead of the device, a phase takes the longer of what the device computes and what the host starts.
 """
 
@@ -32,6 +33,7 @@ class Work:
     kind:     matrix, attention, memory (all that only moves bytes), transfer (to or from the host) or none
     flops:    floating point operations of one of them
     bytes:    that one of them reads and writes
+    instructions: of all threads, where these are what it waits for
     width:    bytes of an element: 4 computes at the fp32 rate, 1 at float8's
     head_dim, sequence: of attention
     is_packed: whether it is attention of packed rows, document by document
@@ -46,6 +48,7 @@ class Work:
     kind: Literal["matrix", "attention", "memory", "transfer", "none"]
     flops: float = 0.0
     bytes: float = 0.0
+    instructions: float = 0.0
     width: int = 2
     head_dim: int = 128
     sequence: float = 1
@@ -178,7 +181,8 @@ class Speed(Value):
 
 
 def estimate_operation_seconds(work: Work, rates: Rates) -> float:
-    """Device time of one operation: max(flops / rate, bytes / bandwidth), and at least that of the shortest kernel.
+    """Device time of one operation: max(flops / rate, bytes / bandwidth, instructions / issue rate), and at least that
+    of the shortest kernel.
 
     Attention reaches a share of the peak that grows with its rows: share * sequence / (sequence + 350). Of documents of
     n tokens that is n (n + 350) for each, so that the average of the documents that tokens are in stands for all.
@@ -196,7 +200,8 @@ def estimate_operation_seconds(work: Work, rates: Rates) -> float:
         rate = rates.float8_flops or rates.half_flops
     elif work.width >= 4:
         rate = rates.full_flops or rates.half_flops
-    return max(work.flops / rate, work.bytes / rates.memory_bytes, rates.kernel_seconds)
+    issued = 0.0 if rates.instructions is None else work.instructions / rates.instructions
+    return max(work.flops / rate, work.bytes / rates.memory_bytes, issued, rates.kernel_seconds)
 
 
 def _pick_kernels(work: Work, rates: Rates) -> AttentionKernels:

@@ -41,6 +41,7 @@ class Rates(Value):
     full_flops:       the same of fp32 products, None where it is not known
     float8_flops:     the same of float8 products, None where there are none
     memory_bytes:     what operations reach that only move bytes, bytes a second
+    instructions:     that a card's threads can issue, a second; None for a CPU and where it is not known
     host_bytes:       between the card and its host, each way, bytes a second; None for a CPU
     operation_seconds: time the host takes to start an operation
     kernel_seconds:   time of the shortest operation on the device
@@ -55,6 +56,7 @@ class Rates(Value):
     full_flops: float | None = Field(default=None, gt=0)
     float8_flops: float | None = Field(default=None, gt=0)
     memory_bytes: float = Field(gt=0)
+    instructions: float | None = Field(default=None, gt=0)
     host_bytes: float | None = Field(default=None, gt=0)
     operation_seconds: float = Field(ge=0)
     kernel_seconds: float = Field(ge=0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...planner.clock import make_closed_form_clock
 from ...planner.memory import Estimator
-from ...planner.rates import OPERATION_SECONDS
+from ...planner.rates import ISSUE_SHARE, OPERATION_SECONDS
 from ...planner.shape import is_known_family, make_shape
 from ...planner.speed import StepTime
 from ...planner.strategy import Device
@@ -25,6 +25,8 @@ from .trace import Traces
 
 SHORTEST_SECONDS = 0.5
 """Steps below this are noisy: three were measured, and they wait for the host."""
+LONG_UPDATE_SHARE = 0.2
+"""From this part of a step up its update can be told from the rest, which is met within a tenth."""
 PAUSE_SECONDS = 0.3
 """What took this much longer than predicted is shown apart: steps differ by less, and a pause of the host by more."""
 UNPLANNED = ("compile_whole_model", "sdpa_backend")
@@ -87,6 +89,17 @@ class TimedRow:
     def operation_seconds(self) -> float:
         """Time of the step for each operation that the host starts, in units of one that Python calls."""
         return self.measured_seconds * OPERATION_SECONDS / sum(phase.host_seconds for phase in self.rehearsed.phases)
+
+    @property
+    def issue_share(self) -> float | None:
+        """Of the card's instructions what the update reached, if all else took as long as predicted; None where it is
+        no 8-bit one, or too short to tell."""
+        update = next(phase.device_seconds for phase in self.rehearsed.phases if phase.name == "optimizer")
+        rest = self.rehearsed.seconds - update
+        is_long = update >= LONG_UPDATE_SHARE * self.rehearsed.seconds and self.measured_seconds > rest
+        if "8bit" not in self.row["optimizer"] or not is_long:
+            return None
+        return ISSUE_SHARE * update / (self.measured_seconds - rest)
 
 
 def time_row(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) -> TimedRow:
@@ -152,10 +165,21 @@ def render_host_cost(rows: Sequence[TimedRow]) -> Iterator[str]:
             yield f"{left:24} {len(costs)} rows wait for the host: {1e6 * median(costs):.1f} us an operation"
 
 
+def render_issue_share(rows: Sequence[TimedRow]) -> Iterator[str]:
+    """What 8-bit updates reach of the card's instructions, over all rows that tell, and over those of other models."""
+    shares = [(str(one.row["model"]), one.issue_share) for one in rows if one.issue_share is not None]
+    for model in (None, *sorted({model for model, _ in shares})):
+        left = [share for name, share in shares if share is not None and name != model]
+        if left:
+            words = "of all rows" if model is None else f"without {model}"
+            yield f"{words:24} {len(left)} rows of 8-bit updates: {100 * median(left):.0f} % of the instructions"
+
+
 def main(architectures_path: str, *rows_paths: str) -> None:
-    """Print the table, its summary, and what the host takes for an operation."""
+    """Print the table, its summary, and the constants that come from the rows."""
     rows = load_timed_rows(Path(architectures_path), [Path(path) for path in rows_paths])
-    print(render_speed_table(rows), *render_speed_summary(rows), *render_host_cost(rows), sep="\n")
+    constants = (*render_host_cost(rows), *render_issue_share(rows))
+    print(render_speed_table(rows), *render_speed_summary(rows), *constants, sep="\n")
 
 
 if __name__ == "__main__":

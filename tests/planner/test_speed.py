@@ -125,6 +125,35 @@ def test_a_small_micro_batch_waits_for_the_host() -> None:
     assert 64 * small.seconds > 2 * large.seconds
 
 
+def test_an_8_bit_update_waits_for_instructions_and_not_for_its_traffic() -> None:
+    def update_seconds(gpu: str, optimizer: str, **changes: Any) -> float:
+        rates = make_gpu_rates(find_gpu(gpu)).model_copy(update=changes)
+        time = time_of(make_gpu(gpu, rates=rates), method="full", optimizer=optimizer)
+        return next(phase.device_seconds for phase in time.phases if phase.name == "optimizer")
+
+    traffic = 10 * SHAPE.parameters / RATES.memory_bytes
+    assert update_seconds("H100 80GB", "adamw_8bit") > 5 * traffic
+    assert update_seconds("H100 80GB", "adamw_8bit", instructions=None) == pytest.approx(traffic)
+    assert update_seconds("RTX 4090", "adamw_8bit") < 1.2 * update_seconds("H100 80GB", "adamw_8bit")
+    assert update_seconds("RTX 4090", "adamw_32bit") > 2 * update_seconds("H100 80GB", "adamw_32bit")
+
+
+def test_paged_states_cross_the_bus_twice_a_step_where_they_do_not_all_fit_and_never_where_they_do() -> None:
+    def optimizer_seconds(budget: str, optimizer: str) -> tuple[Plan, float]:
+        tables = {"method": {"kind": "full"}, "train": {"optimizer": optimizer}, "model": {"id": "llama-3.2-1b"}}
+        device = make_gpu("H100 80GB", budget_bytes=int(float(budget) * 2**30))
+        plan = plan_for(tables, device)
+        assert plan.speed is not None
+        return plan, next(phase.seconds for phase in plan.speed.phases if phase.name == "optimizer")
+
+    for budget, fits in (("79", True), ("8", False)):
+        paged, seconds = optimizer_seconds(budget, "paged_adamw_8bit")
+        _, unpaged = optimizer_seconds(budget, "adamw_8bit")
+        assert paged.fits == fits and paged.memory.managed_bytes > 2 * 10**9
+        moved = 0.0 if fits else 2 * paged.memory.managed_bytes / (RATES.host_bytes or 1.0)
+        assert seconds == pytest.approx(unpaged + moved)
+
+
 def test_accumulation_repeats_forward_and_backward_only() -> None:
     one, four = time_of(), time_of(gradient_accumulation_steps=4)
     first, fourth = ({phase.name: phase.seconds for phase in time.phases} for time in (one, four))

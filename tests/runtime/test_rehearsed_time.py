@@ -11,9 +11,9 @@ import pytest
 from test_rehearsal import ALTERNATING, LLAMA, make_strategy, trace
 
 from fitune.planner.catalog import find_gpu
-from fitune.planner.rates import KERNEL_SECONDS, make_gpu_rates
+from fitune.planner.rates import ISSUE_SHARE, KERNEL_SECONDS, make_gpu_rates
 from fitune.planner.shape import make_shape
-from fitune.planner.speed import StepTime
+from fitune.planner.speed import PhaseTime, StepTime
 from fitune.planner.step_cost import estimate_model_flops
 from fitune.planner.strategy import Strategy
 from fitune.runtime.rehearsal.accuracy import load_rows, make_device
@@ -21,6 +21,7 @@ from fitune.runtime.rehearsal.accuracy_speed import (
     TimedRow,
     is_planned,
     render_host_cost,
+    render_issue_share,
     render_speed_summary,
     render_speed_table,
     time_row,
@@ -205,6 +206,21 @@ def test_a_sample_of_measured_steps_is_met(timed: list[TimedRow]) -> None:
         errors = [abs(one.error(estimator)) for one in timed]  # type: ignore[arg-type]
         assert median(errors) < middle
         assert max(errors) < worst
+
+
+def test_what_8_bit_updates_reach_is_told_from_steps_that_they_are_a_good_part_of() -> None:
+    def row(model: str, measured: float, update: float, optimizer: str = "adamw_8bit") -> TimedRow:
+        seconds = {"forward": 0.1, "backward": 0.2, "optimizer": update}
+        phases = tuple(PhaseTime(name=n, device_seconds=s, host_seconds=0.0, seconds=s) for n, s in seconds.items())
+        time = StepTime(phases=phases, tokens=1, flops=1.0, estimator="rehearsal")
+        told = {"id": model, "model": model, "optimizer": optimizer, "measured": {"step_seconds": measured}}
+        return TimedRow(row=told, rehearsed=time, closed_forms=time)
+
+    rows = [row("a", 0.5, 0.2), row("b", 0.7, 0.2), row("c", 0.9, 0.01), row("d", 0.9, 0.2, "adamw")]
+    assert [one.issue_share for one in rows] == [pytest.approx(ISSUE_SHARE), pytest.approx(ISSUE_SHARE / 2), None, None]
+    lines = list(render_issue_share(rows))
+    assert [line.split()[-5] for line in lines] == ["52", "35", "70"]
+    assert "2 rows" in lines[0] and lines[1].startswith("without a")
 
 
 def test_the_table_of_times_names_every_row_and_what_it_waits_for(timed: list[TimedRow]) -> None:
