@@ -56,7 +56,7 @@ HOST_PRICES: dict[HostWork, float] = {
 """What the host does for a step, in units of an operation that Python calls. Measured on a CPU: processor time of 204
 forwards and backwards of 15 architectures, cut to 4 layers and 64 features so that nothing computes for long, against
 how often a rehearsal counts each kind; least squares. An operation was 7.5 microseconds there; half of the 204 are met
-within 13 %. The price of a module has the Python of its forward in it."""
+within 13 %. The price of a module has the Python of its forward in it. `python -m benchmarks.host` measures them."""
 CLIP_CALLS = 1.5
 """In the same units, of a tensor in gradient clipping; measured the same way, as are those of an update."""
 UPDATE_CALLS: dict[Optimizer, float] = {

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
+from ...planner.memory import STEP_PHASES
 from ...planner.plan import Plan
 from ...recipes.errors import RunError
 from ..data.batches import BatchesAhead, GlobalBatch, count_steps, iterate_batches
+from ..machine.samples import MonitorSummary
 from ..model.build import BuiltModel, find_layers
 from .in_backward import UpdatesInBackward
 from .live import LiveLine
@@ -60,6 +62,14 @@ class Progress:
         if steps <= 0:
             return self.step, self.tokens, self.train_seconds
         return steps, self.tokens - self.first_tokens, self.train_seconds - self.first_seconds
+
+    def count_joules(self, summary: MonitorSummary) -> float | None:
+        """Of the GPU for 1,000 tokens: the mean power of this session's steps times the time of as many tokens; None
+        without a GPU that tells its power."""
+        _, tokens, seconds = self.steady
+        steps = [phase for phase in summary.phases if phase.name in STEP_PHASES]
+        joules, measured = sum(one.energy_joules or 0.0 for one in steps), sum(one.seconds for one in steps)
+        return 1000 * joules / measured * seconds / tokens if joules and measured and tokens else None
 
     def count(self, step: int, tokens: int, seconds: float, *, is_first: bool) -> None:
         """One more step; is_first: of this session."""
@@ -194,4 +204,5 @@ class TrainingLoop:
             tokens_per_second=steady_tokens / steady_seconds,
             memory_bytes=self.meter.memory_now_bytes,
             seconds_left=steady_seconds / steady_steps * (self.steps - batch.step),
+            joules_per_1000_tokens=self.progress.count_joules(self.meter.summary),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...planner.memory import STEP_PHASES
 from ..data.rows import Row
 from ..machine.samples import MonitorSummary
 from ..report import Loss, Sample, Speed
@@ -16,15 +15,8 @@ def make_loss(progress: Progress, history: History, after: float | None) -> Loss
 
 
 def make_speed(progress: Progress, total_seconds: float, summary: MonitorSummary) -> Speed:
-    """Speed over all sessions, the first step of each left out; energy of the last one.
-
-    Energy a token is the mean power of the last session's steps times the time of a token.
-    """
+    """Speed over all sessions, the first step of each left out; energy of the last one."""
     count, tokens, seconds = progress.steady
-    steps = [phase for phase in summary.phases if phase.name in STEP_PHASES]
-    joules = sum(phase.energy_joules or 0.0 for phase in steps)
-    measured_seconds = sum(phase.seconds for phase in steps)
-    has_energy = bool(joules and tokens and measured_seconds)
     return Speed(
         steps=progress.step,
         tokens=progress.tokens,
@@ -34,7 +26,7 @@ def make_speed(progress: Progress, total_seconds: float, summary: MonitorSummary
         tokens_per_second=tokens / seconds if seconds else None,
         step_seconds=seconds / count if count else None,
         energy_joules=summary.energy_joules,
-        joules_per_1000_tokens=1000 * joules / measured_seconds * seconds / tokens if has_energy else None,
+        joules_per_1000_tokens=progress.count_joules(summary),
     )
 
 

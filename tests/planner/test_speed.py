@@ -97,6 +97,21 @@ def test_compiled_layers_are_faster() -> None:
     assert time_of(compile=True).seconds < 0.85 * time_of().seconds
 
 
+def test_a_long_run_compiles_its_layers_and_one_that_would_not_earn_the_start_does_not() -> None:
+    def plan_steps(steps: int, compile_layers: Any = "auto") -> Plan:
+        train = {"max_steps": steps, "compile": compile_layers, "global_batch_size": 8}
+        tables = {"model": {"id": "llama-3.1-8b"}, "method": {"kind": "lora"}, "train": train}
+        return plan_for(tables, make_gpu("H100 80GB"))
+
+    eager, compiled = (plan_steps(1, on).speed for on in (False, True))
+    assert eager is not None and compiled is not None
+    start, spared = compiled.startup_seconds - eager.startup_seconds, eager.step_seconds - compiled.step_seconds
+    assert start > 0 and spared > 0
+    few, many = int(0.8 * start / spared), int(1.5 * start / spared)
+    assert not plan_steps(few).strategy.compile
+    assert plan_steps(many).strategy.compile
+
+
 def test_half_of_the_layers_checkpointed_cost_half_of_the_time() -> None:
     none, half, every = (time_of(checkpointed_layers=layers).seconds for layers in (0, LAYERS // 2, LAYERS))
     assert half - none == pytest.approx((every - none) / 2)

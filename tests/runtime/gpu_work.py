@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -12,10 +15,14 @@ from small_runs import execute_until, plan_recipe, read_lines, read_losses, writ
 from torch import Tensor
 from waits import WaitsForDevice
 
+from fitune.planner.catalog import find_gpu
+from fitune.planner.plan import make_plan
+from fitune.planner.rates import make_gpu_rates
 from fitune.recipes.errors import OutOfMemoryError
 from fitune.runtime.model.attention import _attend_at_once, _attend_one_by_one
 from fitune.runtime.planning import Job
-from fitune.runtime.report import RunReport
+from fitune.runtime.report import RunReport, load_report
+from fitune.runtime.report_view import render_report
 from fitune.runtime.training.loop import TrainingLoop
 from fitune.runtime.training.optimizers import make_optimizer
 from fitune.runtime.training.step import step_if_finite
@@ -93,6 +100,34 @@ def run_with(recipe: Path, strategy: dict[str, Any]) -> dict[str, Any]:
     report = run_here(recipe, **strategy)
     kinds = [event["kind"] for event in report.events]
     return {"status": report.status, "losses": read_losses(recipe.parent / "run"), "kinds": kinds}
+
+
+def show_speed(recipe: Path) -> str:
+    """What a run and its report print, planned with an H100's rates, while the stand-in's counter of energy goes on."""
+    job, done, state = Job(str(recipe)), Event(), Path(os.environ["FAKE_NVML_STATE"])
+    device = job.probe_device().model_copy(update={"rates": make_gpu_rates(find_gpu("H100 80GB"))})
+    plan = make_plan(job.find_inputs(quick=True, device=device))
+    console = Console(file=io.StringIO(), width=250)
+
+    def consume() -> None:
+        for millijoules in count(10**6, 10):
+            state.with_suffix(".new").write_text(f"millijoules {millijoules}\n")
+            state.with_suffix(".new").replace(state)
+            if done.wait(0.002):
+                break
+
+    counter = Thread(target=consume)
+    counter.start()
+    try:
+        changed = plan.model_copy(update={"strategy": plan.strategy.model_copy(update={"compile": False})})
+        run_job(job, changed, recipe.parent / "run", console, resume=False)
+    finally:
+        done.set()
+        counter.join()
+        state.write_text("")
+    render_report(*load_report(recipe.parent / "run"), console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def list_waits(recipe: Path, strategy: dict[str, Any]) -> list[list[str]]:

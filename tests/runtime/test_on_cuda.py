@@ -6,6 +6,7 @@ The stand-in (cuda_in_ram.py) lives in a process of its own, which all tests her
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ from gpu_work import (
     run_as_planned,
     run_out_of_memory,
     run_with,
+    show_speed,
     stop_and_go_on,
     update_with_bad_gradients,
     write_large_step,
@@ -85,6 +87,17 @@ def test_the_host_waits_for_a_gpu_once_a_step(case: str, on_gpu: OnGpu, models: 
     steps = on_gpu(list_waits, recipe, {"compute_dtype": "bf16", "rounding": "nearest"} | strategy)
     assert len(steps) == 6
     assert steps[1:] == [["_to_copy"]] * 5, "the first step may do more"
+
+
+def test_speed_use_of_the_card_and_energy_stand_beside_the_plans_during_and_after_a_run(
+    on_gpu: OnGpu, models: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, models / "llama", method={"kind": "lora"}, model={"dtype": "bf16"})
+    shown = on_gpu(show_speed, recipe)
+    live = r"[\d,]+ tokens/s of [\d,]+ planned, MFU \d+% of \d+%, [\d.e+-]+ J of [\d.e+-]+ per 1,000 tokens"
+    assert re.search(live, shown), shown
+    for name in ("tokens a second", "model FLOPs utilization", "J for 1,000 tokens"):
+        assert re.search(rf"{name} +[\d,.e+%-]+ +[\d,.e+%-]+ +[+-][\d,.]+ %", shown), name
 
 
 def test_the_monitor_looks_before_cuda_takes_memory(on_gpu: OnGpu, models: Path, tmp_path: Path) -> None:

@@ -363,6 +363,7 @@ PLANNED = Speed(
     step_seconds=1.0,
     startup_seconds=0.0,
     model_flops_utilization=0.4,
+    joules_per_1000_tokens=61.2,
     limit="device",
     phases=(),
 )
@@ -374,18 +375,36 @@ def test_the_live_line_is_one_line_on_a_narrow_terminal_too(width: int) -> None:
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
     memory = {"predicted_bytes": 70 * 2**30, "budget_bytes": 78 * 2**30}
     with LiveLine(console, steps=1000, predicted=PLANNED, **memory) as line:
-        line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=69 * 2**30, seconds_left=6000.0)
+        line.update(
+            1,
+            loss=1.5,
+            tokens_per_second=1500.0,
+            memory_bytes=69 * 2**30,
+            seconds_left=6e3,
+            joules_per_1000_tokens=58.9,
+        )
         shown = file.getvalue()
     assert "\n" not in shown
     assert all(part in shown for part in ("step    1/1000", "1,500 tokens/s", "memory 69.0", "1:40 h left"))
 
 
 def test_the_live_line_sets_the_speed_beside_the_plans() -> None:
-    file = io.StringIO()
-    console = Console(file=file, width=200)
-    with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=PLANNED) as line:
-        line.update(1, loss=1.5, tokens_per_second=1500.0, memory_bytes=2**29, seconds_left=0)
-    assert "1,500 tokens/s of 2,000 planned, MFU 30%" in file.getvalue()
+    def show(joules: float | None) -> str:
+        file = io.StringIO()
+        console = Console(file=file, width=200)
+        with LiveLine(console, steps=1, predicted_bytes=2**30, budget_bytes=2**31, predicted=PLANNED) as line:
+            line.update(
+                1,
+                loss=1.5,
+                tokens_per_second=1500.0,
+                memory_bytes=2**29,
+                seconds_left=0,
+                joules_per_1000_tokens=joules,
+            )
+        return file.getvalue()
+
+    assert "1,500 tokens/s of 2,000 planned, MFU 30% of 40%, 58.9 J of 61.2 per 1,000 tokens  memory" in show(58.88)
+    assert "MFU 30% of 40%  memory" in show(None)
 
 
 def test_while_a_model_trains_garbage_collections_leave_out_what_was_there_before(
