@@ -29,9 +29,9 @@ and 989 TFLOP/s, L4: 242 and 121)."""
 MEMORY_SHARE = 0.80
 """Of the memory's bandwidth that element-wise operations reach: 78 to 84 % of an H100's is what profiles of such
 kernels show; strided and mixed-dtype ones reach less, cached ones more."""
-ISSUE_SHARE = 0.70
-"""Of the instructions that a card can issue, what bitsandbytes' 8-bit update does: the middle of the measured steps of
-full fine-tuning of which it is a fifth or more (docs/speed.md)."""
+ISSUE_SHARE = 0.60
+"""Of the instructions that a card can issue, what bitsandbytes' 8-bit update does: over the measured steps of full
+fine-tuning of which it is a fifth or more, together (docs/speed.md)."""
 SLOW_FP32 = ("7.0", "7.2", "7.5", "8.0")
 """Compute capabilities whose multiprocessors issue twice as many instructions as they have lanes for fp32: 4 warps of
 32 a cycle, 64 lanes (CUDA C++ programming guide, arithmetic instructions)."""

@@ -91,15 +91,15 @@ class TimedRow:
         return self.measured_seconds * OPERATION_SECONDS / sum(phase.host_seconds for phase in self.rehearsed.phases)
 
     @property
-    def issue_share(self) -> float | None:
-        """Of the card's instructions what the update reached, if all else took as long as predicted; None where it is
-        no 8-bit one, or too short to tell."""
+    def update_seconds(self) -> tuple[float, float] | None:
+        """Of an 8-bit update, if it issued all instructions that the card can, and what it took, if all else took as
+        long as predicted; None for others, and where it is too short to tell."""
         update = next(phase.device_seconds for phase in self.rehearsed.phases if phase.name == "optimizer")
         rest = self.rehearsed.seconds - update
         is_long = update >= LONG_UPDATE_SHARE * self.rehearsed.seconds and self.measured_seconds > rest
         if "8bit" not in self.row["optimizer"] or not is_long:
             return None
-        return ISSUE_SHARE * update / (self.measured_seconds - rest)
+        return ISSUE_SHARE * update, self.measured_seconds - rest
 
 
 def time_row(row: Mapping[str, Any], config: Mapping[str, Any], device: Device) -> TimedRow:
@@ -166,13 +166,15 @@ def render_host_cost(rows: Sequence[TimedRow]) -> Iterator[str]:
 
 
 def render_issue_share(rows: Sequence[TimedRow]) -> Iterator[str]:
-    """What 8-bit updates reach of the card's instructions, over all rows that tell, and over those of other models."""
-    shares = [(str(one.row["model"]), one.issue_share) for one in rows if one.issue_share is not None]
-    for model in (None, *sorted({model for model, _ in shares})):
-        left = [share for name, share in shares if share is not None and name != model]
+    """What 8-bit updates reach of the card's instructions, over all rows that tell together, and over those of other
+    models."""
+    told = [(str(one.row["model"]), one.update_seconds) for one in rows]
+    for model in (None, *sorted({model for model, seconds in told if seconds is not None})):
+        left = [seconds for name, seconds in told if seconds is not None and name != model]
         if left:
             words = "of all rows" if model is None else f"without {model}"
-            yield f"{words:24} {len(left)} rows of 8-bit updates: {100 * median(left):.0f} % of the instructions"
+            share = sum(best for best, _ in left) / sum(taken for _, taken in left)
+            yield f"{words:24} {len(left)} rows of 8-bit updates: {100 * share:.0f} % of the instructions"
 
 
 def main(architectures_path: str, *rows_paths: str) -> None:

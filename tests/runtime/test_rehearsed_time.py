@@ -217,9 +217,11 @@ def test_what_8_bit_updates_reach_is_told_from_steps_that_they_are_a_good_part_o
         return TimedRow(row=told, rehearsed=time, closed_forms=time)
 
     rows = [row("a", 0.5, 0.2), row("b", 0.7, 0.2), row("c", 0.9, 0.01), row("d", 0.9, 0.2, "adamw")]
-    assert [one.issue_share for one in rows] == [pytest.approx(ISSUE_SHARE), pytest.approx(ISSUE_SHARE / 2), None, None]
+    best = pytest.approx(0.2 * ISSUE_SHARE)
+    assert [one.update_seconds for one in rows] == [(best, pytest.approx(0.2)), (best, pytest.approx(0.4)), None, None]
     lines = list(render_issue_share(rows))
-    assert [line.split()[-5] for line in lines] == ["52", "35", "70"]
+    shares = (0.4 / 0.6, 0.2 / 0.4, 0.2 / 0.2)
+    assert [line.split()[-5] for line in lines] == [f"{100 * ISSUE_SHARE * share:.0f}" for share in shares]
     assert "2 rows" in lines[0] and lines[1].startswith("without a")
 
 
