@@ -148,7 +148,7 @@ def _draw_run() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "recipes").symlink_to(RECIPES)
         os.chdir(scratch)
-        console = _record()
+        console = _record(120)  # the lines of a run's steps are longer than others
         run_recipe("recipes/quickstart.toml", [], console)
         _save(console, "run", "fitune run recipes/quickstart.toml")
         [run] = Path("runs").iterdir()
@@ -195,8 +195,8 @@ def make_accuracy() -> None:
     (DOCS / "images" / "accuracy.svg").write_text(make_plot(rows), encoding="utf-8")
 
 
-def _record() -> Console:
-    return Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False)
+def _record(width: int = WIDTH) -> Console:
+    return Console(record=True, width=width, file=io.StringIO(), color_system="truecolor", highlight=False)
 
 
 def _save(console: Console, name: str, title: str) -> None:
