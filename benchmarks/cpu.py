@@ -1,11 +1,13 @@
-"""Two comparisons on this machine's CPU, with the embedded model and LoRA adapters.
+"""Three comparisons on this machine's CPU, most of them with the embedded model and LoRA adapters.
 
-    python -m benchmarks.cpu            # 2 rounds of 12 steps each, some 15 minutes on 2 idle cores
+    python -m benchmarks.cpu            # 2 rounds of 12 steps each, some 20 minutes on 2 idle cores
     python -m benchmarks.cpu --only trainer
+    python -m benchmarks.cpu --only plan --cases "quick start;QLoRA"
 
 trainer: fitune beside transformers.Trainer with peft: the same rows, micro-batches, adapters and dtypes. The losses are
 printed too: where the first ones differ, the work was not the same, and the exit code is 1.
 packing: short rows of mixed lengths packed into rows of PACKED_LENGTH tokens, beside the same rows padded.
+plan:    what the plan says of short runs (cpu_plan.py), beside the runs: planned, measured, error.
 
 Each contender runs in a process of its own, in turns, so that both meet the same machine. A step's time is the wall
 time from the end of the step before, data, logging and all else included; the first WARM_STEPS are left out. Tokens are
@@ -29,6 +31,7 @@ from typing import Any
 
 from fitune.runtime.machine.host import probe_cpu
 
+from . import cpu_plan
 from .rows import write_mixed_rows
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
@@ -234,7 +237,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12, help=f"a round's steps, {WARM_STEPS} of them to warm up")
-    parser.add_argument("--only", choices=list(COMPARISONS))
+    parser.add_argument("--only", choices=[*COMPARISONS, "plan"])
+    parser.add_argument("--cases", default=";".join(cpu_plan.CASES), help="of the plan's runs, with ; between")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.contender is not None:
@@ -253,6 +257,8 @@ def main() -> int:
                 losses = found[f"{when}_loss"]
                 print(f"{when} loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
             same = abs(found["first_loss"][first] / found["first_loss"][second] - 1) <= LOSS_TOLERANCE
+    if given.only in (None, "plan"):
+        result["plan"] = cpu_plan.compare_plans([one.strip() for one in given.cases.split(";")])
     print(json.dumps(result))
     return 0 if same else 1
 

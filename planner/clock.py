@@ -28,7 +28,8 @@ from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate
 from .strategy import DataFacts, Device, Rates, Strategy
 
 Clock = Callable[[Strategy], StepTime]
-"""Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step."""
+"""Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step, or on a CPU a
+measurement."""
 
 WIDTH_MULTIPLE = 8
 """Micro-batches are padded to a multiple of so many tokens."""
@@ -132,6 +133,40 @@ def add_paging(time: StepTime, memory: Memory, rates: Rates) -> StepTime:
     return replace(time, phases=(*time.phases[:-1], last.model_copy(update=paged)))
 
 
+def estimate_width(data: DataFacts, strategy: Strategy) -> int:
+    """To how many tokens micro-batches are padded on average, a multiple of WIDTH_MULTIPLE."""
+    longest = data.longest_row_tokens
+    if data.row_tokens is None:
+        return longest
+    widths = estimate_widths(data.row_tokens, strategy, longest=longest)
+    return min(WIDTH_MULTIPLE * ceil(sum(widths) / len(widths) / WIDTH_MULTIPLE), longest)
+
+
+def fit_to_rows(clock: Clock, device: Device, data: DataFacts) -> Clock:
+    """A clock for rows as long as the dataset's, from one for rows as long as the longest."""
+    row_tokens, longest = data.row_tokens, data.longest_row_tokens
+    if row_tokens is None:
+        return clock
+    rates, mean_tokens = find_order_rates(device), sum(row_tokens) / len(row_tokens)
+
+    def fit(strategy: Strategy) -> StepTime:
+        widths = estimate_widths(row_tokens, strategy, longest=longest)
+        return shorten(
+            clock(strategy),
+            rates,
+            width_share=sum(widths) / len(widths) / longest,
+            token_share=mean_tokens / longest,
+        )
+
+    return fit
+
+
+def make_row_clock(shape: ModelShape, device: Device, data: DataFacts) -> Clock:
+    """The closed forms as a clock for rows as long as the dataset's."""
+    length, document_tokens = data.longest_row_tokens, data.document_tokens
+    return fit_to_rows(make_closed_form_clock(shape, device, length, document_tokens=document_tokens), device, data)
+
+
 class Timer:
     """Times whole runs of a recipe.
 
@@ -150,7 +185,8 @@ class Timer:
         weight_file_bytes: int,
         data: DataFacts,
     ) -> None:
-        self.steps, self._quick, self._exact, self._data = steps, quick, exact, data
+        """quick, exact: clocks for rows as long as the dataset's"""
+        self.steps, self._quick, self._exact = steps, quick, exact
         self._device, self._weight_file_bytes = device, weight_file_bytes
         self._facts: RunFacts | None = None
         if steps is not None:
@@ -159,29 +195,16 @@ class Timer:
         self.limit_seconds = None if hours is None else 3600 * hours
 
     def estimate(self, strategy: Strategy) -> StepTime:
-        """A step by closed forms, on rows as long as the dataset's."""
-        return self._fit(strategy, self._quick(strategy))
+        """A step by closed forms."""
+        return self._quick(strategy)
 
     def rehearse(self, strategy: Strategy) -> StepTime:
         """A step as exactly as it can be had; TraceError where the model cannot be rehearsed."""
-        return self._fit(strategy, self._quick(strategy) if self._exact is None else self._exact(strategy))
+        return self._quick(strategy) if self._exact is None else self._exact(strategy)
 
     def page(self, time: StepTime, memory: Memory) -> StepTime:
         """See add_paging."""
         return add_paging(time, memory, find_order_rates(self._device))
-
-    def _fit(self, strategy: Strategy, time: StepTime) -> StepTime:
-        if self._data.row_tokens is None:
-            return time
-        longest = self._data.longest_row_tokens
-        widths = estimate_widths(self._data.row_tokens, strategy, longest=longest)
-        mean_tokens = sum(self._data.row_tokens) / len(self._data.row_tokens)
-        return shorten(
-            time,
-            find_order_rates(self._device),
-            width_share=sum(widths) / len(widths) / longest,
-            token_share=mean_tokens / longest,
-        )
 
     def estimate_seconds(self, strategy: Strategy) -> float:
         """The whole run by closed forms."""

@@ -16,7 +16,7 @@ from ..recipes.schema import Recipe
 from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
-from .clock import Clock, Timer, make_closed_form_clock
+from .clock import Clock, Timer, make_row_clock
 from .estimate import estimate_memory, estimate_weight_files, find_margin
 from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
 from .host import lay_host
@@ -166,7 +166,8 @@ def make_plan(
 ) -> Plan:
     """The fastest plan of the first preferred method that fits; where none fits, the candidate that comes closest.
 
-    measure, clock: memory and step time from a rehearsal of the step; None for closed forms
+    measure: memory from a rehearsal of the step; None for closed forms
+    clock:   step times on rows like the dataset's, from a rehearsal or measured; None for closed forms
     with_reasons: whether `rejected` and `advice` are made too, which takes longer than the choice itself
 
     Raises PlanError for a recipe that no strategy can follow, such as fp16 weights on a CPU.
@@ -191,9 +192,7 @@ def make_timer(inputs: PlanInputs, clock: Clock | None) -> Timer:
     return Timer(
         recipe,
         inputs.device,
-        quick=make_closed_form_clock(
-            shape, inputs.device, inputs.data.longest_row_tokens, document_tokens=inputs.data.document_tokens
-        ),
+        quick=make_row_clock(shape, inputs.device, inputs.data),
         exact=clock,
         steps=count_planned_steps(recipe, inputs.data.rows),
         weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,

@@ -79,12 +79,12 @@ def _estimate_evaluations(facts: RunFacts, strategy: Strategy, time: StepTime, r
     count, micro = strategy.gradient_accumulation_steps, strategy.micro_batch_size
     held_out, other = ceil(facts.data.eval_rows / micro), ceil(facts.data.forgetting_rows / micro)
     forwards = (2 + count_evaluations(facts.recipe, facts.steps)) * held_out + 2 * other
-    seconds = forwards * forward.seconds / count
+    seconds = forwards * (forward.seconds / count if time.evaluation_seconds is None else time.evaluation_seconds)
     if facts.data.has_question:
         reading = memory.components.weights / rates.memory_bytes
         starting = forward.host_seconds / count
         token = max(reading, starting) if rates.overlaps else reading + starting
-        seconds += 2 * ANSWER_TOKENS * token
+        seconds += 2 * ANSWER_TOKENS * (token if time.token_seconds is None else time.token_seconds)
     return seconds
 
 

@@ -215,9 +215,10 @@ class _Walk:
         return is_rounded(strategy), bucket, *preference(strategy)
 
     def make(self, strategy: Strategy, memory: Memory) -> Candidate:
-        """The strategy timed as exactly as its memory was measured."""
-        is_rehearsed = memory.estimator == "rehearsal"
-        time = self.timer.rehearse(strategy) if is_rehearsed else self.timer.estimate(strategy)
+        """The strategy timed as exactly as its memory was measured; on a CPU as exactly as can be where that fits."""
+        fits = count_shortfall(memory, self.device) <= 0
+        is_exact = fits if self.device.kind == "cpu" else memory.estimator == "rehearsal"
+        time = self.timer.rehearse(strategy) if is_exact else self.timer.estimate(strategy)
         time = self.timer.page(time, memory)
         return Candidate(
             strategy=strategy,

@@ -17,6 +17,9 @@ from .memory import Estimator
 from .rates import ATTENTION_SHARES, HALF_LENGTH, HOST_PRICES, AttentionKernels, HostWork
 from .strategy import Device, Rates, Value
 
+TimeEstimator = Estimator | Literal["measured", "measured_beside_others"]
+"""What a step's time comes from; measured: a few of its layers, on the CPU that it is planned for, which had nothing
+else to do, or had other processes to serve."""
 IDLE_SHARE = 0.15
 """Of its power limit that a board draws while it waits: some 100 of an H100's 700 W."""
 JOULES_PER_KWH = 3.6e6
@@ -108,12 +111,16 @@ class StepTime:
     tokens: of the step
     flops:  that the model needs for them
     estimator: what it comes from
+    evaluation_seconds: of a micro-batch without gradients, None where its forward stands for it
+    token_seconds: of a token of an answer, None where it follows from the weights
     """
 
     phases: tuple[PhaseTime, ...]
     tokens: int
     flops: float
-    estimator: Estimator
+    estimator: TimeEstimator
+    evaluation_seconds: float | None = None
+    token_seconds: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -152,7 +159,8 @@ class Speed(Value):
     """How fast a run will go, the sibling of a plan's memory.
 
     tokens_per_second:       of training steps, padding excepted; on rows as long as the longest where others are
-    unknown step_seconds:            of one optimizer step
+                             unknown
+    step_seconds:            of one optimizer step
     startup_seconds:         loading the model, compiling its layers
     total_seconds:           all parts of the run; None where the number of its steps is not known
     model_flops_utilization: operations that the model needs, recomputation excepted, over what the device could do in
@@ -177,7 +185,7 @@ class Speed(Value):
     limit: Literal["device", "host"]
     phases: tuple[PhaseTime, ...]
     parts: tuple[RunPart, ...] = ()
-    estimator: Estimator = "closed_forms"
+    estimator: TimeEstimator = "closed_forms"
 
 
 def estimate_operation_seconds(work: Work, rates: Rates) -> float:

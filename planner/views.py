@@ -138,7 +138,7 @@ class Rehearser(Protocol):
         total: cases to rehearse, None where that shows only in the end
         """
 
-    def rehearse(self, case: Case) -> tuple[Measure, Clock] | tuple[None, None]:
+    def rehearse(self, case: Case) -> tuple[Measure | None, Clock | None]:
         """A measuring function and a clock; None where a step on this device cannot be rehearsed."""
 
 

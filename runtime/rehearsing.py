@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.status import Status
 
-from ..planner.clock import Clock
-from ..planner.plan import PlanInputs
+from ..planner.clock import Clock, fit_to_rows, make_row_clock
+from ..planner.plan import PlanInputs, count_planned_steps
 from ..planner.search import Measure
 from ..planner.views import Case
 
@@ -30,21 +30,33 @@ class Rehearsals:
     def __init__(self) -> None:
         self._traces: dict[tuple[str, int, int | None, Passes], Traces] = {}
 
-    def find(self, config: Mapping[str, Any], inputs: PlanInputs) -> tuple[Measure, Clock] | tuple[None, None]:
+    def find(self, config: Mapping[str, Any], inputs: PlanInputs) -> tuple[Measure | None, Clock | None]:
         """The rehearsal of the step as a measuring function and a clock; None where it does not apply.
 
-        It knows what CUDA allocates, so a plan for a CPU is made from closed forms, as one without torch is.
+        It knows what CUDA allocates, so the memory of a plan for a CPU comes from closed forms, as without torch.
         """
-        if inputs.device.kind == "cpu":
-            return None, None
         try:
             from .rehearsal.measure import Rehearsal
         except ImportError:
             return None, None
+        if inputs.device.kind == "cpu":
+            return None, self._make_cpu_clock(config, inputs)
         traces, merge = self._find_traces(config, inputs), inputs.recipe_file.recipe.output.merge
         documents = inputs.data.document_tokens
         rehearsal = Rehearsal(traces, inputs.shape, inputs.device, merge=merge, document_tokens=documents)
-        return rehearsal.measure, rehearsal.time
+        return rehearsal.measure, fit_to_rows(rehearsal.time, inputs.device, inputs.data)
+
+    @staticmethod
+    def _make_cpu_clock(config: Mapping[str, Any], inputs: PlanInputs) -> Clock | None:
+        """Steps timed on this machine; None where its rates are not known."""
+        from .rehearsal.cpu_clock import CpuClock
+
+        rates, data = inputs.device.rates, inputs.data
+        if rates is None:
+            return None
+        steps = count_planned_steps(inputs.recipe_file.recipe, data.rows)
+        quick = make_row_clock(inputs.shape, inputs.device, data)
+        return CpuClock(config, inputs.shape, data, rates, steps=steps, quick=quick)
 
     def _find_traces(self, config: Mapping[str, Any], inputs: PlanInputs) -> Traces:
         from .rehearsal.evaluation import Passes
@@ -98,6 +110,8 @@ class TimedRehearser:
             self._status.start()
         return not self.is_over
 
-    def rehearse(self, case: Case) -> tuple[Measure, Clock] | tuple[None, None]:
-        """See planner.views.Rehearser."""
+    def rehearse(self, case: Case) -> tuple[Measure | None, Clock | None]:
+        """See planner.views.Rehearser; many plans for a CPU are made by closed forms."""
+        if case.inputs.device.kind == "cpu":
+            return None, None
         return self._rehearsals.find(case.config, case.inputs)

@@ -88,7 +88,12 @@ def describe_speed(speed: Speed) -> str:
     parts = [f"{speed.tokens_per_second:,.0f} tokens/s", f"{format_seconds(speed.step_seconds)} a step"]
     if speed.total_seconds is not None:
         parts.append(f"{format_seconds(speed.total_seconds)} in all")
-    return f"{', '.join(parts)}; MFU {speed.model_flops_utilization:.0%}, limited by the {speed.limit}"
+    how = f"limited by the {speed.limit}"
+    if speed.estimator == "measured":
+        how = "measured on a few layers"
+    if speed.estimator == "measured_beside_others":
+        how = "measured on a few layers while other processes had the processor, too"
+    return f"{', '.join(parts)}; MFU {speed.model_flops_utilization:.0%}, {how}"
 
 
 def describe_parts(speed: Speed) -> str | None:

@@ -13,17 +13,21 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ...planner.rates import HOST_PRICES, HostWork
+from ...planner.step_cost import MLP_BYTES, NORM_BYTES, RESIDUAL_BYTES
 from ...planner.strategy import Rates
 from ..model.embedded import cache_folder
 from ..rundir import write_whole
 from ..versions import find_versions
-from .host import Cpu, probe_cpu
+from .host import probe_cpu
 
 PRODUCT_SIZE = 768
 """Rows and columns of the probed products: large enough for the best kernels, and done within a slice of time that the
 kernel gives where others compute, too."""
-COPY_ELEMENTS = 2**24
-"""fp32 elements of the probed copies, 64 MiB: more than caches hold."""
+ROWS, WIDTH = 1024, 768
+"""Of the hidden states whose norm, activation and sum are probed: what lies between the products of a small model."""
+BYTES_A_FEATURE = sum(map(sum, (NORM_BYTES["torch"], MLP_BYTES["torch"], RESIDUAL_BYTES)))
+"""What closed forms take these for, forward and backward. Copies would be several times as fast: they convert nothing,
+and find their results' memory mapped."""
 SMALL_LAYERS = 64
 """Of the small network whose operations take no time but to start."""
 WORK_A_LAYER: dict[HostWork, int] = {"operation": 3, "module": 3, "engine": 5, "engine_view": 3}
@@ -36,7 +40,7 @@ ROUNDS = 4
 
 def find_cpu_rates(*, may_probe: bool) -> Rates | None:
     """This machine's rates: from the cache, else probed; None where that would have to import torch and may not."""
-    path, key = cache_folder() / "cpu_rates.json", _make_key(probe_cpu())
+    path, key = cache_folder() / "cpu_rates.json", f"{name_cpu()}, norms"
     known = _load(path)
     if key in known:
         return known[key]
@@ -53,9 +57,10 @@ def find_cpu_rates(*, may_probe: bool) -> Rates | None:
     return rates
 
 
-def _make_key(cpu: Cpu) -> str:
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return f"{cpu.name}, {cpu.cores} cores, {threads or 'all'} threads, torch {find_versions().get('torch')}, host work"
+def name_cpu() -> str:
+    """What measured times hold for: the processor, the threads that compute, and torch."""
+    cpu, threads = probe_cpu(), os.environ.get("OMP_NUM_THREADS", "")
+    return f"{cpu.name}, {cpu.cores} cores, {threads or 'all'} threads, torch {find_versions().get('torch')}"
 
 
 def _load(path: Path) -> dict[str, Rates]:
@@ -67,10 +72,11 @@ def _load(path: Path) -> dict[str, Rates]:
 
 
 def probe_cpu_rates() -> Rates:
-    """Products in fp32 and bf16, copies, and operations too small to compute: a second in all. Imports torch."""
+    """Products in fp32 and bf16, what lies between them, and operations too small to compute: a second in all. Imports
+    torch."""
     import torch
 
-    works = {"full": _make_product(torch.float32), "copy": _make_copy(), "host": _make_small_step()}
+    works = {"full": _make_product(torch.float32), "between": _make_between(), "host": _make_small_step()}
     if probe_cpu().bf16:
         works["half"] = _make_product(torch.bfloat16)
     seconds = dict.fromkeys(works, math.inf)
@@ -84,7 +90,7 @@ def probe_cpu_rates() -> Rates:
         peak_flops=max(full, half),
         half_flops=half,
         full_flops=full,
-        memory_bytes=2 * 4 * COPY_ELEMENTS / seconds["copy"],
+        memory_bytes=ROWS * WIDTH * BYTES_A_FEATURE / seconds["between"],
         operation_seconds=seconds["host"] / (SMALL_LAYERS * host),
         kernel_seconds=0.0,
         overlaps=False,
@@ -101,11 +107,20 @@ def _make_product(dtype: object) -> Callable[[], object]:
     return lambda: left @ right
 
 
-def _make_copy() -> Callable[[], object]:
+def _make_between() -> Callable[[], object]:
+    """An RMSNorm, a gated activation and a sum, forward and backward, in the dtype that the CPU computes in."""
     import torch
+    from torch.nn import functional
 
-    source, target = (torch.ones(COPY_ELEMENTS) for _ in range(2))
-    return lambda: target.copy_(source)
+    dtype = torch.bfloat16 if probe_cpu().bf16 else torch.float32
+    hidden = torch.ones(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        exact = hidden.float()
+        normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        (hidden + functional.silu(normed) * normed).sum().backward()
+
+    return step
 
 
 def _make_small_step() -> Callable[[], object]:

@@ -144,6 +144,19 @@ def has_nvidia_card(pci: Path = Path("/sys/bus/pci/devices")) -> bool:
     return False
 
 
+def measure_waiting_seconds(tasks: Path = Path("/proc/self/task")) -> float:
+    """How long this process's threads have waited for a processor that others had, all together.
+
+    The second number of each schedstat file; 0 where the kernel does not count it.
+    https://docs.kernel.org/scheduler/sched-stats.html
+    """
+    waited = 0.0
+    for path in tasks.glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # a thread that has ended
+            waited += int(path.read_text().split()[1]) / 1e9
+    return waited
+
+
 def keep_heap_tight(block_bytes: int = HEAP_BLOCK_BYTES) -> None:
     """Make glibc return every block of `block_bytes` and more to the system when it is freed.
 

@@ -33,10 +33,24 @@ class Cut:
         return tuple((kinds[one], one < checkpointed) for one in self.picked), self.blocks, tuple(self.copies)
 
 
-def no_cut(kinds: Sequence[Hashable]) -> Cut:
+def no_cut(kinds: Sequence[Hashable], _: Strategy) -> Cut:
     """All layers."""
     layers = tuple(range(len(kinds)))
     return Cut(picked=layers, sources=layers, blocks=(len(layers),), copies={})
+
+
+def plan_shortest_cut(kinds: Sequence[Hashable], strategy: Strategy) -> Cut:
+    """The first layer, whose input may need no gradient, and the first one of each other kind, checkpointed or not."""
+    seen: dict[Hashable, int] = {}
+    picked: list[int] = []
+    sources: list[int] = []
+    for layer, kind in enumerate(kinds):
+        key = layer == 0, kind, layer < strategy.checkpointed_layers
+        if key not in seen:
+            seen[key] = len(picked)
+            picked.append(layer)
+        sources.append(seen[key])
+    return Cut(picked=tuple(picked), sources=tuple(sources), blocks=(len(picked),), copies={})
 
 
 def plan_cut(kinds: Sequence[Hashable], strategy: Strategy) -> Cut:

@@ -91,10 +91,7 @@ def _evaluate(model: RehearsalModel, strategy: Strategy, length: int) -> None:
 def _answer(model: RehearsalModel, strategy: Strategy, length: int) -> None:
     """runtime.training.evaluate.answer's first two tokens, the second with all keys and values cached: those of any
     more are a token longer each."""
-    for index, layer in enumerate(model.layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # type: ignore[assignment]  # its place in the cache, of a cut model
+    number_layers(model)
     with torch.no_grad(), autocast(strategy, torch.device("cpu")):
         ids = torch.zeros(1, length, dtype=torch.int64)
         out = model.model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -102,3 +99,11 @@ def _answer(model: RehearsalModel, strategy: Strategy, length: int) -> None:
         cache = out.past_key_values
         del out
         model.model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def number_layers(model: RehearsalModel) -> None:
+    """Give the layers of a cut model the numbers by which they find their places in the cache of keys and values."""
+    for index, layer in enumerate(model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -25,7 +25,7 @@ from ..model.linear_4bit import make_compilable
 from ..model.linear_float8 import find_convertible
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
-from .cut import Cut, no_cut, plan_cut
+from .cut import Cut, plan_cut
 
 UNQUANTIZED = ["lm_head", "embed_out"]
 """Names of LM heads, which NF4 leaves alone."""
@@ -119,16 +119,18 @@ class RehearsalModel:
         return replace(self, cut=cut) if same else None
 
 
-def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bool = True) -> RehearsalModel:
-    """The model on meta with its adapters, its layers cut to those that are traced; make_fakes() comes next."""
+def build_rehearsal_model(
+    config: dict[str, Any], strategy: Strategy, *, plan: Callable[[Sequence[Hashable], Strategy], Cut] = plan_cut
+) -> RehearsalModel:
+    """The model on meta with its adapters, its layers cut as `plan` says; make_fakes() or make_reals() comes next."""
     base = _build_base(config, strategy)
     weights, tied = _list_weights(base, strategy), _find_tied(base)
     kinds = _kinds(base)
-    plan = plan_cut(kinds, strategy) if cut else no_cut(kinds)
-    _cut_layers(base, plan)
+    cut = plan(kinds, strategy)
+    _cut_layers(base, cut)
     with torch.device("meta"):
         model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
-    checkpointed = sum(index < strategy.checkpointed_layers for index in plan.picked)
+    checkpointed = sum(index < strategy.checkpointed_layers for index in cut.picked)
     prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed, "compile": False}))
     if strategy.compile:
         make_compilable(base)
@@ -138,8 +140,8 @@ def build_rehearsal_model(config: dict[str, Any], strategy: Strategy, *, cut: bo
         base=base,
         layers=tuple(find_layers(base)),
         kinds=kinds,
-        cut=plan,
-        sketch=plan.sketch(kinds, strategy.checkpointed_layers),
+        cut=cut,
+        sketch=cut.sketch(kinds, strategy.checkpointed_layers),
         tensors=_list_tensors(model, base),
         weights=weights,
         tied=tied,
@@ -254,7 +256,7 @@ def _kinds(base: Any) -> list[tuple[Any, ...]]:
 
 def _cut_layers(base: Any, cut: Cut) -> None:
     """Leave only the picked layers in the model and in its config."""
-    if not cut.copies:
+    if len(cut.picked) == len(cut.sources):
         return
     layers, config = find_layers(base), base.config.get_text_config()
     kept = [layers[index] for index in cut.picked]

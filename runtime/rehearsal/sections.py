@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .model import RehearsalModel
-from .watch import StorageWatch
+
+
+class SectionWatch(Protocol):
+    """Is told where sections begin.
+
+    backward: whether backward is under way, which computes checkpointed layers again
+    """
+
+    backward: bool
+
+    def enter(self, section: str, component: str) -> None:
+        """A section begins, whose storages are of a component."""
 
 
 @contextlib.contextmanager
-def marked_sections(model: RehearsalModel, watch: StorageWatch, forward: str = "forward") -> Iterator[None]:
+def marked_sections(model: RehearsalModel, watch: SectionWatch, forward: str = "forward") -> Iterator[None]:
     """Tell the watch where each layer begins, in forward by hooks on the modules, in backward on their gradients.
 
     forward: the name of the forward's sections

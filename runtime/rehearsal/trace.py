@@ -25,6 +25,7 @@ from .attention import known_documents
 from .compile import compiled_layers
 from .cost import Operation, current_ledger, kept_ledger
 from .cuda import CudaCard, cuda_semantics
+from .cut import no_cut, plan_cut
 from .evaluation import NO_PASSES, UNTRACEABLE, Answers, Passes, record_passes
 from .fakes import make_fakes
 from .host_work import counted_host_work
@@ -203,7 +204,7 @@ def record_step(
     """
     answers = {} if answers is None else answers
     with _trace_errors(config["model_type"]):
-        model = build_rehearsal_model(config, strategy, cut=cut)
+        model = build_rehearsal_model(config, strategy, plan=plan_cut if cut else no_cut)
     with _trace_errors(type(model.base).__name__), FakeTensorMode(allow_non_fake_inputs=True):
         watch, micro_batches = _record(model, strategy, card, sequence_length)
         evaluation, answer = record_passes(model, strategy, card, passes, answers, sequence_length=sequence_length)

@@ -19,6 +19,7 @@ from fitune.runtime.model.build import make_quantization
 from fitune.runtime.quiet import quiet_libraries
 from fitune.runtime.rehearsal.accuracy import make_device
 from fitune.runtime.rehearsal.cuda import CudaCard
+from fitune.runtime.rehearsal.cut import no_cut
 from fitune.runtime.rehearsal.evaluation import Passes, record_passes
 from fitune.runtime.rehearsal.loading import replay_loading
 from fitune.runtime.rehearsal.measure import rehearse
@@ -89,7 +90,7 @@ def test_weights_come_and_go_as_in_transformers_own_loading(
             )
     replay = Replay(CachingAllocator(expandable=True))
     log = replay.start_log()
-    replay_loading(replay, build_rehearsal_model(config, strategy, cut=False), strategy)
+    replay_loading(replay, build_rehearsal_model(config, strategy, plan=no_cut), strategy)
     planned, seen = list_large([size for _, size in log.events[2:]]), list_large(list_changes(watch.recording))
     assert loaded is not None
     assert Counter(planned) == Counter(seen)
@@ -110,7 +111,7 @@ def test_weights_come_and_go_as_in_transformers_own_loading(
 def test_fakes_are_evaluated_and_answer_as_real_tensors_do(config: dict[str, Any], strategy: Any) -> None:
     config = {**config, ("n_layer" if config is CONV1D else "num_hidden_layers"): 3}
     recorded = record_step(config, strategy, CudaCard(), sequence_length=256, cut=False, passes=BOTH)
-    real = build_rehearsal_model(config, strategy, cut=False)
+    real = build_rehearsal_model(config, strategy, plan=no_cut)
     real.model.to_empty(device=torch.device("cpu"))
     passes = record_passes(real, strategy, CudaCard(), BOTH, {}, sequence_length=256)
     for fake, own in zip((recorded.evaluation, recorded.answer), passes, strict=True):
