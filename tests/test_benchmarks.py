@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import gpu, search
+from benchmarks import gpu, host, search
 from benchmarks.gpu_cases import CASES, MODELS, MORE_CASES, START_SECONDS, Case, run_apart, write_recipe
 from benchmarks.gpu_check import list_results
 from benchmarks.gpu_table import compare_curves, list_comparisons
@@ -124,6 +125,26 @@ def test_what_cases_say_together_is_where_both_are_there() -> None:
     compiled, float8 = list_comparisons(curves)
     assert compiled.startswith("loss compiled against eager over 200 steps: at most 0.00% apart")
     assert float8.endswith("(no target)")
+
+
+def test_prices_of_host_work_are_found_again_and_none_is_below_zero() -> None:
+    draw = np.random.default_rng(0)
+    counts = draw.integers(0, 200, (60, 4)).astype(float)
+    prices = np.array([5e-6, 0.0, 2e-5, 7e-5])
+    assert host.fit_prices(counts, counts @ prices) == pytest.approx(prices, abs=1e-12)
+    shifted = counts @ np.array([5e-6, -1e-6, 2e-5, 7e-5])
+    found = host.fit_prices(counts, shifted)
+    assert found[1] == 0 and (found >= 0).all()
+    assert found[2:] == pytest.approx(prices[2:], rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_prices_of_host_work_are_measured_on_this_machine() -> None:
+    result = run_script("benchmarks.host", "--models", "llama-3.2-1b")
+    assert result["phases"] == 12
+    prices = result["prices"]
+    assert isinstance(prices, dict) and prices["operation"] == 1.0
+    assert prices["function"] > 2 and prices["view"] < prices["function"]
 
 
 def test_curves_are_compared_by_their_moving_averages() -> None:
