@@ -66,7 +66,7 @@ def estimate_layer_bytes(step: StepShape, block: BlockShape) -> int:
         + sum(_linear_bytes(step, linear) for linear in block.linears)
         + _shared_input_bytes(step, block)
         + _attention_bytes(step, block)
-        + _mlp_bytes(step, block)
+        + estimate_mlp_bytes(step, block)
         + _dropout_bytes(step)
     )
 
@@ -151,7 +151,7 @@ def _keeps_fused_projection(step: StepShape, block: BlockShape) -> bool:
     return fused and not step.shape.has_learned_positions and step.mlp_bytes == step.compute_bytes
 
 
-def _mlp_bytes(step: StepShape, block: BlockShape) -> int:
+def estimate_mlp_bytes(step: StepShape, block: BlockShape) -> int:
     """Gated: gate, activation(gate), up, and their product as the input of the last linear layer: 4aTI. Under adapter
     dropout the product is not kept: the adapter keeps its own copy. Fused, activation(gate) is computed again.
 

@@ -26,13 +26,12 @@ from .speed import (
 )
 from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work, host_waits
 from .strategy import DataFacts, Device, Rates, Strategy
+from .widths import padded_width
 
 Clock = Callable[[Strategy], StepTime]
 """Times one optimizer step of a strategy: closed forms or, from the runtime, a rehearsal of the step, or on a CPU a
 measurement."""
 
-WIDTH_MULTIPLE = 8
-"""Micro-batches are padded to a multiple of so many tokens."""
 ASSUMED_STEPS = 1000
 """Steps that startup is weighed against where their number is not known."""
 UNSURE_SHARE = 0.3
@@ -110,7 +109,7 @@ def estimate_widths(row_tokens: Sequence[int], strategy: Strategy, *, longest: i
     for number in range(count):
         place = (micro * count - number * micro) / (micro * count + 1)
         widest = row_tokens[ceil(place * len(row_tokens)) - 1]
-        widths.append(min(WIDTH_MULTIPLE * -(-widest // WIDTH_MULTIPLE), longest))
+        widths.append(padded_width(widest, max_length=longest))
     return widths
 
 

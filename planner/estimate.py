@@ -23,6 +23,7 @@ from .arithmetic import (
 )
 from .files import RunFiles, WeightFiles, estimate_beside_weights
 from .memory import Components, Memory, Phase
+from .process import estimate_heap_bytes, estimate_used_bytes
 from .shape import ModelShape
 from .strategy import DTYPE_BYTES, Device, Strategy
 
@@ -32,15 +33,6 @@ CUDA_CONTEXT_BYTES = 767 * MiB
 """Device memory beside the allocator's: context, workspaces, kernels. 751 to 767 MiB measured on one H100 stack."""
 CUDA_WORKSPACE_BYTES = 32 * MiB
 """cuBLAS's workspace on Hopper, held by the allocator; other cards take 8 MiB."""
-CPU_PROCESS_BYTES = 650 * MiB
-"""Resident memory of a process that trains, beside its tensors: torch, transformers, peft, bitsandbytes, the data."""
-CPU_BITSANDBYTES_BYTES = 280 * MiB
-"""What bitsandbytes' optimizers add to a CPU's process on first use: PyTorch's compiler and what it compiles."""
-CPU_4BIT_BYTES = 20 * MiB
-"""What bitsandbytes' 4-bit layers add to it; 12 MiB in the steps of two runs of the embedded model, 60 in a merge."""
-CPU_HEAP_SHARE = 0.08
-"""Share by which a CPU run's resident memory exceeds its live tensors: freed small blocks that the C library keeps.
-This and the two constants above are from seven runs of the embedded 135M model, which they meet within 10 %."""
 CUDA_HOST_BYTES = 4 * 2**30
 """RAM of a process with a CUDA context: libraries, pinned buffers and the page tables of the driver."""
 FRAGMENTATION = 0.08
@@ -58,8 +50,14 @@ GUESS_FACTOR = 2
 COMPILED_MARGIN = 0.05
 """Share that is added to closed forms for compiled layers: Inductor's fusions are beyond them. A guess; the eight
 measured pairs are met without it."""
-STOCHASTIC_CHUNK_BYTES = 20 * 2**24
-"""fp32 weight, gradient and two moments, and 4 bytes of noise, for the 16 Mi elements that are rounded at one time."""
+STOCHASTIC_CHUNK = 2**24
+"""Elements that are rounded stochastically at one time."""
+STOCHASTIC_BYTES = 20
+"""Of each: weight, gradient and two moments in fp32, and 4 bytes of noise."""
+CPU_UPDATE_BYTES = {"adamw_8bit": 20, "paged_adamw_8bit": 20, "adamw_32bit": 12, "paged_adamw": 12}
+"""Of an element, that bitsandbytes' optimizers take on a CPU in fp32 while they update: the gradient, its divisor and a
+step towards that; with 8 bits the two states, too (backends/cpu/ops.py, 0.50). A tensor at a time, or 16 Mi elements
+where they are rounded stochastically, with the weight and the gradient in fp32 beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +83,12 @@ def estimate_memory(
     allocated = peak.live.total
     managed = estimate_optimizer_bytes(shape, strategy)[1] if device.kind == "cuda" else 0
     reserved = int(allocated * (1 + FRAGMENTATION)) if device.kind == "cuda" else None
-    held = reserved if reserved is not None else int(allocated * (1 + CPU_HEAP_SHARE))
-    device_bytes = held + managed + estimate_beside_bytes(device, strategy)
+    if reserved is not None:
+        device_bytes = reserved + managed + estimate_context_bytes(device)
+    else:
+        _, free = estimate_heap_bytes(shape, strategy, sequence_length=sequence_length)
+        live = max(one.live.total + (free if name in ("forward", "backward") else 0) for name, one in phases.items())
+        device_bytes = live + estimate_used_bytes(shape, strategy, device, widths=1)
     margin_share, margin_bytes = find_margin(shape, strategy, device)
     files = estimate_disk_bytes(shape, strategy, merge=merge)
     return Memory(
@@ -111,20 +113,9 @@ def find_margin(shape: ModelShape, strategy: Strategy, device: Device) -> tuple[
     return factor * MARGIN[device.kind] + compiled, factor * MARGIN_BYTES[device.kind]
 
 
-def estimate_beside_bytes(device: Device, strategy: Strategy) -> int:
-    """Memory beside the tensors, which no model changes: as calibrated, else the general constant."""
-    general = CUDA_CONTEXT_BYTES if device.kind == "cuda" else CPU_PROCESS_BYTES
-    constant = general if device.beside is None else device.beside.bytes
-    return constant + estimate_bitsandbytes_bytes(device, strategy)
-
-
-def estimate_bitsandbytes_bytes(device: Device, strategy: Strategy) -> int:
-    """What bitsandbytes adds to a CPU's process where the strategy uses it; no part of the device's constant."""
-    if device.kind != "cpu":
-        return 0
-    if strategy.optimizer not in ("adamw", "adafactor"):
-        return CPU_BITSANDBYTES_BYTES
-    return CPU_4BIT_BYTES if strategy.method == "qlora" else 0
+def estimate_context_bytes(device: Device) -> int:
+    """Memory of a CUDA device beside the allocator's: as calibrated, else the general constant."""
+    return CUDA_CONTEXT_BYTES if device.beside is None else device.beside.bytes
 
 
 def _order(instants: list[Instant]) -> list[str]:
@@ -148,11 +139,12 @@ def _list_instants(
 
     yield at("load", temporary=_load_temporary(shape, strategy))
     step = act.StepShape(shape, strategy, sequence_length)
-    for phase, live in _list_step_instants(step, gradients, offloads=_offloads(strategy, device)):
+    update = _optimizer_temporary(shape, strategy, device)
+    for phase, live in _list_step_instants(step, gradients, update=update, offloads=_offloads(strategy, device)):
         yield at(phase, optimizer=states, **live)
     if not strategy.optimizer_in_backward:
         yield at("clip", optimizer=states, gradients=gradients)
-        yield at("optimizer", optimizer=states, gradients=gradients, temporary=_optimizer_temporary(shape, strategy))
+        yield at("optimizer", optimizer=states, gradients=gradients, temporary=update)
     for live in _list_evaluation_instants(step):
         yield at("evaluate", optimizer=states, **live)
     yield at("save", optimizer=states)
@@ -175,10 +167,15 @@ def _offloads(strategy: Strategy, device: Device) -> bool:
     return strategy.activation_offload and device.kind == "cuda"
 
 
-def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) -> Iterator[tuple[str, dict[str, int]]]:
+def _list_step_instants(
+    step: act.StepShape, gradients: int, *, update: int, offloads: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
     """Forward and backward of a micro-batch. Gradients grow while activations shrink, both by layers, so the highest
     moment is at the loss head, in the last layer or in the first one. With accumulation the gradients of the
-    micro-batches before are live all along. With offload one layer's activations are on the device at a time."""
+    micro-batches before are live all along. With offload one layer's activations are on the device at a time.
+
+    update: what the optimizer takes for a moment
+    """
     shape, strategy = step.shape, step.strategy
     final, checkpoint = act.estimate_final_bytes(step), act.estimate_checkpoint_bytes(step)
     saved = act.estimate_saved_attention_bytes(step)
@@ -221,16 +218,17 @@ def _list_step_instants(step: act.StepShape, gradients: int, *, offloads: bool) 
         left = gradients_after(shape.layers)
         yield "backward", {"gradients": left, "activations": checkpoint, "temporary": dense}
     if strategy.optimizer_in_backward:
-        for live in _list_update_instants(step, kept - final):
+        for live in _list_update_instants(step, kept - final, update):
             yield "backward", live
 
 
-def _list_update_instants(step: act.StepShape, kept: int) -> Iterator[dict[str, int]]:
+def _list_update_instants(step: act.StepShape, kept: int, update: int) -> Iterator[dict[str, int]]:
     """Updates in backward: of the head, of the last layer, whose activations are gone by then, and of the embedding.
 
     kept: activations when the last layer begins; the gradient of the residual stream is beside the rest
+    update: what the optimizer takes for a moment
     """
-    shape, temporary = step.shape, _optimizer_temporary(step.shape, step.strategy) + act.estimate_checkpoint_bytes(step)
+    shape, temporary = step.shape, update + act.estimate_checkpoint_bytes(step)
     head = step.weight_bytes * shape.head.weight_parameters
     yield {"gradients": head, "activations": kept, "temporary": temporary}
     held = head if shape.tied else 0
@@ -261,16 +259,19 @@ def _load_temporary(shape: ModelShape, strategy: Strategy) -> int:
     return max(joined, width * elements + constants)
 
 
-def _optimizer_temporary(shape: ModelShape, strategy: Strategy) -> int:
-    """Fused AdamW and bitsandbytes update in place. Stochastic rounding works on 16 Mi elements at a time; Adafactor
-    needs the update and its square of the largest tensor in fp32, and two fp32 copies where it rounds stochastically.
+def _optimizer_temporary(shape: ModelShape, strategy: Strategy, device: Device) -> int:
+    """Fused AdamW and bitsandbytes update in place, but for the latter on a CPU. Stochastic rounding works on 16 Mi
+    elements at a time; Adafactor needs the update and its square of the largest tensor in fp32, and two fp32 copies
+    where it rounds stochastically.
     """
     largest = max(elements for elements, _ in list_trainable_tensors(shape, strategy))
+    is_stochastic = strategy.rounding == "stochastic"
     if strategy.optimizer == "adafactor":
-        return (16 if strategy.rounding == "stochastic" else 8) * largest
-    if strategy.rounding == "stochastic":
-        return min(STOCHASTIC_CHUNK_BYTES, 20 * largest)
-    return 0
+        return (16 if is_stochastic else 8) * largest
+    if device.kind == "cpu" and strategy.optimizer in CPU_UPDATE_BYTES:
+        each = CPU_UPDATE_BYTES[strategy.optimizer]
+        return (each + 8) * min(STOCHASTIC_CHUNK, largest) if is_stochastic else each * largest
+    return STOCHASTIC_BYTES * min(STOCHASTIC_CHUNK, largest) if is_stochastic else 0
 
 
 def _estimate_merged_bytes(shape: ModelShape, strategy: Strategy) -> int:

@@ -5,21 +5,23 @@ On a CPU that is everything, tensors too; beside a GPU the libraries, weights on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .arithmetic import estimate_adapter_bytes, estimate_weight_bytes, largest_linear
-from .estimate import CUDA_HOST_BYTES, estimate_beside_bytes, estimate_bitsandbytes_bytes, estimate_offloaded_bytes
+from .estimate import CUDA_HOST_BYTES, estimate_offloaded_bytes, find_margin
 from .files import WeightFiles
 from .memory import STEP_PHASES, Memory
+from .process import estimate_heap_bytes, estimate_own_bytes, estimate_used_bytes
 from .shape import ModelShape
 from .strategy import Device, Strategy
 
-CPU_FIRST_USE_BYTES = 160 * 2**20
-"""Of a CPU process's own memory what comes with the first forward: kernels, and buffers of the matrix library."""
-CPU_TRIMMED_BYTES = 30 * 2**20
-"""What of it goes back to the system before a merge; 0 to 90 MiB in three runs of the embedded model."""
 QUANTIZATION_BYTES = 4 * 4
 """Bytes an element that bitsandbytes takes on a CPU while it quantises a weight: four fp32 copies (0.50)."""
+HOMELESS_SHARE = 0.75
+"""Of the gradients, those that find no room where backward has freed activations: 0.3 to 1 in five full runs of two
+models. Of 8-bit states, too: each is made between fp32 copies of another's update, whose room it breaks up: 0.75 and 0.9
+in two runs."""
 AFTER_LOADING = (*STEP_PHASES, "evaluate", "save")
-AFTER_STEP = ("clip", "optimizer", "evaluate", "save")
 
 
 def lay_host(
@@ -31,18 +33,38 @@ def lay_host(
     sequence_length: int,
     weights: WeightFiles,
     stored_bytes: int | None,
+    widths: float = 1,
 ) -> Memory:
-    """The memory with the RAM of each phase.
+    """The memory with the RAM of each phase; on a CPU its highest is the device's peak.
 
     weights:      that the run writes
     stored_bytes: size of the model's weight files, None where they are not here: then 16 bits a parameter are taken
+    widths:       distinct widths of micro-batches in the run, 1 or more
     """
     stored = 2 * shape.parameters if stored_bytes is None else stored_bytes
     if device.kind == "cuda":
         offloaded = estimate_offloaded_bytes(shape, strategy, device, sequence_length)
         hosts = _estimate_beside_gpu(weights, stored, offloaded)
-    else:
-        hosts = _estimate_on_cpu(memory, shape, strategy, device, weights, stored)
+        return _lay_phases(memory, hosts)
+    used = estimate_used_bytes(shape, strategy, device, widths=widths)
+    hosts = _estimate_in_steps(memory, used, *estimate_heap_bytes(shape, strategy, sequence_length=sequence_length))
+    adapters, own = estimate_adapter_bytes(shape, strategy), estimate_own_bytes(device)
+    files = {"load": _estimate_read_file(shape, strategy, stored)}
+    hosts["load"] = own + adapters + _estimate_reading(shape, strategy, stored) + files["load"]
+    if weights.merged_bytes:
+        files["merge"] = 0 if _is_stored_in(weights.merged_bytes, stored) else stored
+        hosts["merge"] = used + adapters + weights.merged_bytes + files["merge"]
+    needed = max(size - files.get(name, 0) for name, size in hosts.items())
+    margin_share, margin_bytes = find_margin(shape, strategy, device)
+    peaks = {
+        "peak_device_bytes": max(hosts.values()),
+        "host_bytes": needed,
+        "required_bytes": int(needed * (1 + margin_share)) + margin_bytes,
+    }
+    return _lay_phases(memory.model_copy(update=peaks), hosts)
+
+
+def _lay_phases(memory: Memory, hosts: Mapping[str, int]) -> Memory:
     phases = tuple(one.model_copy(update={"host_bytes": hosts.get(one.name)}) for one in memory.phases)
     return memory.model_copy(update={"phases": phases})
 
@@ -57,34 +79,37 @@ def _estimate_beside_gpu(weights: WeightFiles, stored_bytes: int, offloaded_byte
     return hosts
 
 
-def _estimate_on_cpu(
-    memory: Memory, shape: ModelShape, strategy: Strategy, device: Device, weights: WeightFiles, stored_bytes: int
-) -> dict[str, int]:
-    """The process's own memory and the live tensors; after a step also what the heap keeps of its activations."""
-    own = estimate_beside_bytes(device, strategy)
-    live = {one.name: one.peak_allocated_bytes for one in memory.phases}
-    kept = memory.components.activations
-    hosts = {name: own + live[name] + (kept if name in AFTER_STEP else 0) for name in AFTER_LOADING if name in live}
-    adapters = estimate_adapter_bytes(shape, strategy)
-    before_use = own - estimate_bitsandbytes_bytes(device, strategy) - CPU_FIRST_USE_BYTES
-    hosts["load"] = before_use + adapters + _estimate_reading(shape, strategy, stored_bytes)
-    if weights.merged_bytes:
-        hosts["merge"] = own - CPU_TRIMMED_BYTES + adapters + _estimate_merging(weights.merged_bytes, stored_bytes)
+def _estimate_in_steps(memory: Memory, used_bytes: int, kept_bytes: int, free_bytes: int) -> dict[str, int]:
+    """The process and the live tensors; while steps go on also what the heap keeps of a step's activations, which goes
+    back to the system before anything is evaluated or saved.
+
+    kept_bytes, free_bytes: activations in the heap at the end of a forward, and what is free between them
+    """
+    live = {one.name: one.peak_allocated_bytes for one in memory.phases if one.name in AFTER_LOADING}
+    hosts = {name: used_bytes + size for name, size in live.items()}
+    for name in live.keys() & {"forward", "backward"}:
+        hosts[name] += free_bytes
+    if "clip" in live:
+        gradients = int(HOMELESS_SHARE * (live["clip"] - live["save"]))
+        hosts["clip"] = free_bytes + max(hosts["clip"], hosts["save"] + kept_bytes + gradients)
+        hosts["optimizer"] = hosts["clip"] + live["optimizer"] - live["clip"]
+        hosts["backward"] = max(hosts["backward"], hosts["clip"])
     return hosts
 
 
 def _estimate_reading(shape: ModelShape, strategy: Strategy, stored_bytes: int) -> int:
-    """Weights that are stored as they are trained stay in the file until they are used; others are converted from it,
-    and by the end all of the file was read."""
+    """Memory of weights that are not stored as they are trained; others stay in the file until they are used."""
     weights = estimate_weight_bytes(shape, strategy)
     if strategy.method == "qlora":
-        return stored_bytes + weights + QUANTIZATION_BYTES * largest_linear(shape).weight_parameters
-    return 0 if _is_stored_in(weights, stored_bytes) else stored_bytes + weights
+        return weights + QUANTIZATION_BYTES * largest_linear(shape).weight_parameters
+    return 0 if _is_stored_in(weights, stored_bytes) else weights
 
 
-def _estimate_merging(merged_bytes: int, stored_bytes: int) -> int:
-    """The base, converted from its file or part of it, and changed in place."""
-    return merged_bytes if _is_stored_in(merged_bytes, stored_bytes) else merged_bytes + stored_bytes
+def _estimate_read_file(shape: ModelShape, strategy: Strategy, stored_bytes: int) -> int:
+    """Pages of the weights' file: by the end of a conversion all of it was read. The kernel takes them back where
+    memory is short."""
+    converts = strategy.method == "qlora" or not _is_stored_in(estimate_weight_bytes(shape, strategy), stored_bytes)
+    return stored_bytes if converts else 0
 
 
 def _is_stored_in(weight_bytes: int, stored_bytes: int) -> bool:

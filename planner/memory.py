@@ -127,9 +127,9 @@ class Memory(Value):
     peak_reserved_bytes:  highest of the caching allocator, fragmentation included; None on a CPU
     managed_bytes:        states of paged optimizers, beside the allocator; 0 on a CPU
     peak_device_bytes:    what NVML will show: reserved + context + managed; on a CPU the process's resident peak
-    required_bytes:       peak_device_bytes with its margin: `fits` is decided on this
+    required_bytes:       peak_device_bytes with its margin, on a CPU host_bytes with it: `fits` is decided on this
     budget_bytes:         what may be used of the device
-    host_bytes:           RAM of the process
+    host_bytes:           RAM of the process, without pages of a weights' file that is read and converted
     disk_bytes:           files that the run writes, at their most
     checkpoints:          how many checkpoints stay among them, 0 or more
     checkpoint_bytes:     of each, 0 without any

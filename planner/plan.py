@@ -28,6 +28,7 @@ from .shape import ModelShape
 from .show.reasons import describe_lateness, describe_rejection, find_largest_term
 from .speed import Speed
 from .strategy import DataFacts, Device, Strategy, Value
+from .widths import estimate_distinct_widths
 
 STORED_BYTES = 2
 """Of a parameter in a checkpoint on a hub, where its files are not here to be measured."""
@@ -235,6 +236,7 @@ def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
             sequence_length=length,
             weights=weights,
             stored_bytes=inputs.stored_bytes,
+            widths=estimate_distinct_widths(inputs.data, strategy, steps=steps),
         )
 
     return complete

@@ -15,9 +15,9 @@ from ..planner.files import FilesOf
 from ..planner.plan import Plan, PlanInputs, make_plan
 from ..planner.shape import ModelShape, is_known_family, make_shape
 from ..planner.strategy import DataFacts, Device
+from ..planner.widths import padded_width
 from ..recipes.errors import FituneError, PlanError
 from ..recipes.load import RecipeFile, load_recipe
-from .data.batches import padded_width
 from .data.preflight import check_data
 from .data.prepare import TokenizedData, tokenize_data
 from .data.report import DataReport, StreamFacts

@@ -144,10 +144,11 @@ def _render_memory(plan: Plan, console: Console) -> RenderableType:
 def list_figures(plan: Plan) -> list[tuple[str, int, str]]:
     """The way from the peak of live tensors to the budget: (name, bytes, where it comes from)."""
     memory, reserved = plan.memory, plan.memory.peak_reserved_bytes
+    held_bytes = memory.host_bytes if plan.device.kind == "cpu" else memory.peak_device_bytes
     return [
         ("peak of live tensors", memory.peak_allocated_bytes, ""),
         *([] if reserved is None else [("reserved by the allocator", reserved, "")]),
-        (_describe_device_bytes(plan), memory.peak_device_bytes, _describe_constant(plan.device)),
+        (_describe_device_bytes(plan), held_bytes, _describe_constant(plan.device)),
         ("with the estimate's margin", memory.required_bytes, ""),
         ("budget", memory.budget_bytes, ""),
     ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from typing import TYPE_CHECKING
 
+from ...planner.widths import padded_width
 from .encoding import UNTRAINED
 from .streaming import StreamedRows
 from .tokens import TokenizedRow, TokenizedRows
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 STARTS_MULTIPLE = 64
 """The documents of a micro-batch are counted up to a multiple of this; those beyond them are empty."""
-WIDTH_MULTIPLE = 8
-"""Micro-batches are padded to a multiple of this many tokens: fewer distinct shapes, and aligned matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +194,6 @@ def _list_starts(lengths: Sequence[int]) -> Tensor:
 def count_starts(documents: int) -> int:
     """Entries of a micro-batch's document_starts: ceil((documents + 1) / STARTS_MULTIPLE) * STARTS_MULTIPLE."""
     return -(-(documents + 1) // STARTS_MULTIPLE) * STARTS_MULTIPLE
-
-
-def padded_width(longest_row_tokens: int, *, max_length: int) -> int:
-    """min(ceil(longest / WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max_length)."""
-    return min(-(-longest_row_tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max_length)
 
 
 def _split_by_length(rows: Sequence[TokenizedRow], micro_batch_size: int) -> Iterator[Sequence[TokenizedRow]]:

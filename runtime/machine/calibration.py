@@ -14,8 +14,8 @@ from typing import Literal, Self
 from filelock import FileLock
 from pydantic import Field, ValidationError
 
-from ...planner.estimate import estimate_bitsandbytes_bytes
 from ...planner.plan import Plan
+from ...planner.process import estimate_own_bytes
 from ...planner.strategy import DeviceConstant, Value
 from ...recipes.errors import PlanError, RunError
 from ...recipes.units import GiB, format_bytes
@@ -140,8 +140,8 @@ def make_run_constant(run: Path, plan: Plan, report: RunReport) -> RunConstant:
 
     On a GPU everything is measured but the managed memory of paged optimizers, which follows from the parameters:
     peak of the device (NVML) - peak reserved by the allocator - managed.
-    On a CPU the tensors are the plan's, in the phase in which they follow from the parameters alone:
-    resident peak in `optimizer` - its live tensors - what bitsandbytes adds.
+    On a CPU all but the constant is the plan's, in the phase in which it follows from the parameters and the rows'
+    widths: resident peak in `save` - its live tensors - what libraries add when they are used.
     """
     if report.status != "finished":
         raise RunError(f"{run}: the run is {report.status}: only a finished one has all of its peaks")
@@ -166,14 +166,14 @@ def _measure_gpu(run: Path, plan: Plan, report: RunReport) -> tuple[int, int]:
 
 
 def _measure_cpu(run: Path, plan: Plan, report: RunReport) -> tuple[int, int]:
-    """What the process held while the optimizer worked, and what of it the tensors were."""
-    measured = [one.peak_device_bytes for one in report.measured.phases if one.name == "optimizer"]
-    planned = [one.peak_allocated_bytes for one in plan.memory.phases if one.name == "optimizer"]
-    if not measured or measured[0] is None or not planned:
-        raise RunError(f"{run}: the phase optimizer was not measured")
-    if planned[0] > MOST_CPU_TENSOR_BYTES:
+    """What the process held while it saved, and what of it was not the constant."""
+    measured = [one.peak_device_bytes for one in report.measured.phases if one.name == "save"]
+    planned = [one for one in plan.memory.phases if one.name == "save"]
+    if not measured or measured[0] is None or not planned or planned[0].host_bytes is None:
+        raise RunError(f"{run}: the phase save was not measured")
+    if planned[0].peak_allocated_bytes > MOST_CPU_TENSOR_BYTES:
         raise RunError(
-            f"{run}: {format_bytes(planned[0])} of tensors hide what the process itself takes: calibrate with a run "
-            f"of at most {format_bytes(MOST_CPU_TENSOR_BYTES)}"
+            f"{run}: {format_bytes(planned[0].peak_allocated_bytes)} of tensors hide what the process itself takes: "
+            f"calibrate with a run of at most {format_bytes(MOST_CPU_TENSOR_BYTES)}"
         )
-    return measured[0], planned[0] + estimate_bitsandbytes_bytes(plan.device, plan.strategy)
+    return measured[0], planned[0].host_bytes - estimate_own_bytes(plan.device)

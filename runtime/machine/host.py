@@ -14,12 +14,12 @@ from pathlib import Path
 
 import psutil
 
+from ...planner.process import HEAP_BLOCK_BYTES
+
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo that mean bf16 arithmetic in hardware: two of x86, one of arm64."""
 MALLOPT_MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc's malloc.h."""
-HEAP_BLOCK_BYTES = 8 * 2**20
-"""Blocks of this size and more are mapped on their own: 1 MiB halves the speed of training, 8 MiB leaves it."""
 WEIGHT_BLOCK_BYTES = 128 * 2**10
 """The same while weights are read: each is then mapped on its own and goes back when its model is gone, and what
 quantising them takes meanwhile does not stay (up to 330 MiB with a model of 135M parameters)."""

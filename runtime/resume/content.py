@@ -127,7 +127,8 @@ def list_weights(built: BuiltModel) -> tuple[str, dict[str, torch.Tensor]]:
 def check_finite(built: BuiltModel) -> None:
     """RunError where something that is trained is NaN or infinite."""
     for name, parameter in built.model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+        # isfinite would copy the largest tensor twice; NaN is both least and greatest here
+        if parameter.requires_grad and not all(bool(torch.isfinite(end)) for end in torch.aminmax(parameter.detach())):
             raise RunError(
                 f"{name} is no longer finite: these weights are not saved; lower train.learning_rate, or go on from "
                 "the last checkpoint"

@@ -31,7 +31,8 @@ class Meter:
         self._monitor = Monitor(
             path,
             nvml=self._nvml,
-            limit_bytes=plan.memory.required_bytes,
+            # pages of a weights' file are resident while it is read, and no part of what is required
+            limit_bytes=max(plan.memory.required_bytes, plan.memory.peak_device_bytes),
             on_event=self._show_event,
             first_phase=self.phase,
         )

@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from ...planner.plan import Plan
 from ...recipes.errors import OutOfMemoryError, RunError
-from ..machine.host import WEIGHT_BLOCK_BYTES, keep_heap_tight
+from ..machine.host import WEIGHT_BLOCK_BYTES, keep_heap_tight, trim_heap
 from ..model.assemble import build_for_run
 from ..model.build import BuiltModel
 from ..model.models import fetch_model
@@ -166,6 +166,7 @@ class Run:
         status = self._train(built, loop, meter)
         status, after, answer_after = self._look_back(built, loop, meter, status)
         del loop
+        trim_heap()
         meter.enter("save")
         output = self.results.save(built, self.history.before, after)
         del built
@@ -235,6 +236,7 @@ class Run:
         if status in STOPPED:
             return status, None, None
         self._say_phase("evaluating after the last step")
+        trim_heap()
         meter.enter("evaluate")
         try:
             after = self.judge.measure(built)
@@ -258,6 +260,7 @@ class Run:
         if step >= loop.steps:
             return False
         if every is not None and step % every == 0 and self.history.evaluated_step != step:
+            trim_heap()
             meter.enter("evaluate")
             loss = self.judge.measure(built)
             self.console.print(f"step {step}: held-out loss {loss:.3f}" if loss is not None else "no held-out rows")
@@ -279,6 +282,7 @@ class Run:
         step = self.progress.step
         if step == 0 or not self.keeper.is_on:
             return
+        trim_heap()
         meter.enter("save")
         self.tracker.sync()
         self.history.seconds = self.total_seconds

@@ -1,0 +1,104 @@
+"""The process of a run on a CPU: what it holds beside its tensors.
+
+Libraries, the code that oneDNN generates for products of 16 bits, and what the C library's heap keeps of freed blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from . import activations as act
+from .shape import LinearShape, ModelShape
+from .strategy import Device, Strategy
+
+MiB = 2**20
+
+PROCESS_BYTES = 460 * MiB
+"""Resident memory of a process with a loaded model, beside its tensors: torch, transformers, peft, bitsandbytes, the
+data; a quarter of it are pages of libraries."""
+FIRST_USE_BYTES = 25 * MiB
+"""What comes with the first steps, beside products: buffers of the matrix library, other kernels."""
+CODE_BYTES = 256 * 2**10
+"""A buffer for generated code: MAX_CODE_SIZE in oneDNN's src/cpu/x64/jit_generator.hpp."""
+KERNEL_BYTES = CODE_BYTES + 8 * 2**10
+"""What oneDNN never gives back of a product: its kernel. Measured: 0.26 MiB, whatever the sizes."""
+PRIMITIVE_BYTES = CODE_BYTES + 40 * 2**10
+"""What goes when the product leaves oneDNN's cache: code that copies, and tables. Measured: 0.27 to 0.31 MiB."""
+CACHED_PRIMITIVES = 1024
+"""So many are cached: oneDNN's ONEDNN_PRIMITIVE_CACHE_CAPACITY unless it is set."""
+HEAP_BLOCK_BYTES = 8 * MiB
+"""The runtime has glibc map blocks of this size and more on their own, which go back to the system when they are
+freed: 1 MiB halves the speed of training, 8 MiB leaves it."""
+FRAGMENTED_SHARE = 0.5
+"""Of the activations in smaller blocks, so much is free between blocks that are not, at the peak."""
+
+
+def estimate_own_bytes(device: Device) -> int:
+    """The process before its first step, beside its tensors: as calibrated, else the general constant."""
+    return PROCESS_BYTES if device.beside is None else device.beside.bytes
+
+
+def estimate_used_bytes(shape: ModelShape, strategy: Strategy, device: Device, *, widths: float) -> int:
+    """The process in its steps and after them, beside its tensors and its heap's free blocks.
+
+    widths: distinct widths of micro-batches in the run, 1 or more
+    """
+    products = estimate_product_bytes(shape, strategy, widths=widths)
+    return estimate_own_bytes(device) + FIRST_USE_BYTES + products
+
+
+def estimate_product_bytes(shape: ModelShape, strategy: Strategy, *, widths: float) -> int:
+    """What oneDNN keeps of products of 16 bits: of each width of a micro-batch, every shape of a product."""
+    if strategy.compute_dtype != "bf16":  # others are MKL's, which generates nothing
+        return 0
+    products = widths * count_product_shapes(shape, strategy)
+    return int(products * KERNEL_BYTES + min(products, CACHED_PRIMITIVES) * PRIMITIVE_BYTES)
+
+
+def count_product_shapes(shape: ModelShape, strategy: Strategy) -> int:
+    """Products of different shapes in a step: forward, gradient of the input, gradient of the weight if it is trained.
+
+    A linear layer and an adapter's two matrices: [tokens, inputs] by [inputs, outputs] and back, and [outputs, tokens]
+    by [tokens, inputs].
+    """
+    sizes = {(one.inputs, one.outputs) for one, _ in (*shape.linears, (shape.head, 1))}
+    trained = sizes
+    if strategy.method != "full":
+        rank, targets = strategy.adapter_rank, strategy.adapter_targets
+        assert rank is not None and targets is not None, "adapters have a rank and targets"
+        trained = set(_list_adapter_sizes((linear for linear, _ in shape.lora_linears(targets)), rank))
+    return 2 * len(sizes | trained) + len(trained)
+
+
+def _list_adapter_sizes(linears: Iterable[LinearShape], rank: int) -> Iterable[tuple[int, int]]:
+    for linear in linears:
+        yield linear.inputs, rank
+        yield rank, linear.outputs
+
+
+def estimate_heap_bytes(shape: ModelShape, strategy: Strategy, *, sequence_length: int) -> tuple[int, int]:
+    """(kept, free) bytes of the C library's heap at the end of a forward: activations in blocks below HEAP_BLOCK_BYTES,
+    and what is free between them.
+
+    An MLP's tensors are taken to be as large as its width, the others as the hidden states in fp32. Where those of the
+    longest rows are larger, shorter rows have left the heap as it is when they are just not. Copies of weights in the
+    compute dtype are in the heap, too, and leave nothing free.
+    """
+    step = act.StepShape(shape, strategy, sequence_length)
+    layers = [(block.repeats, act.estimate_layer_bytes(step, block)) for block in shape.blocks]
+    mlps = sum(block.repeats * act.estimate_mlp_bytes(step, block) for block in shape.blocks)
+    mlp_share = mlps / sum(repeats * size for repeats, size in layers)
+    copies = 0
+    if strategy.method != "qlora":
+        copies = act.estimate_cast_bytes(step) * (shape.layers - step.checkpointed_layers) // shape.layers
+    recomputed = max(size for _, size in layers) if step.checkpointed_layers else 0
+    activations = max(act.estimate_kept_bytes(step) + recomputed - copies, 0)
+    in_mlps = _share_in_heap(step.compute_bytes * step.tokens * shape.intermediate_size)
+    elsewhere = _share_in_heap(act.FP32 * step.tokens * shape.hidden_size)
+    in_heap = activations * (mlp_share * in_mlps + (1 - mlp_share) * elsewhere)
+    return int(in_heap) + copies, int(FRAGMENTED_SHARE * in_heap)
+
+
+def _share_in_heap(block_bytes: int) -> float:
+    """1 for blocks below HEAP_BLOCK_BYTES; else what rows need that are short enough for them."""
+    return min(1.0, HEAP_BLOCK_BYTES / block_bytes)

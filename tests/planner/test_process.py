@@ -1,0 +1,130 @@
+"""What a CPU's process holds beside its tensors."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import CPU, find_shape, make_gpu, make_strategy
+
+from fitune.planner.estimate import estimate_memory, estimate_weight_files
+from fitune.planner.host import lay_host
+from fitune.planner.memory import Memory
+from fitune.planner.process import (
+    CACHED_PRIMITIVES,
+    KERNEL_BYTES,
+    count_product_shapes,
+    estimate_heap_bytes,
+    estimate_product_bytes,
+)
+from fitune.planner.strategy import DataFacts, Device, Strategy
+from fitune.planner.widths import WIDTH_MULTIPLE, estimate_distinct_widths
+
+MODEL = "smollm2-135m-instruct"
+lengths = st.lists(st.integers(1, 500), min_size=1, max_size=128).map(lambda one: tuple(sorted(one)))
+
+
+def measure(
+    strategy: Strategy, device: Device = CPU, *, widths: float = 1, length: int = 256, stored_bytes: int | None = None
+) -> Memory:
+    shape = find_shape(MODEL)
+    return lay_host(
+        estimate_memory(shape, strategy, device, sequence_length=length, merge=False),
+        shape,
+        strategy,
+        device,
+        sequence_length=length,
+        weights=estimate_weight_files(shape, strategy, merge=False),
+        stored_bytes=stored_bytes,
+        widths=widths,
+    )
+
+
+def hosts_of(memory: Memory) -> dict[str, int]:
+    return {phase.name: phase.host_bytes or 0 for phase in memory.phases}
+
+
+def facts_of(row_tokens: tuple[int, ...] | None, longest: int = 512) -> DataFacts:
+    return DataFacts(rows=100, longest_row_tokens=longest, row_tokens=row_tokens, source="tokenised")
+
+
+def test_a_step_has_one_product_for_each_size_of_a_layer_in_each_direction() -> None:
+    """Llama's layers have four sizes, the head a fifth; adapters five more, which alone are trained with LoRA."""
+    shape = find_shape(MODEL)
+    assert count_product_shapes(shape, make_strategy("full")) == 5 * 3
+    assert count_product_shapes(shape, make_strategy("lora")) == 5 * 2 + 5 * 3
+
+
+def test_every_width_leaves_kernels_of_its_products_and_the_cache_is_bounded() -> None:
+    shape, strategy = find_shape(MODEL), make_strategy("lora")
+    one, two = (estimate_product_bytes(shape, strategy, widths=widths) for widths in (1, 2))
+    assert two == pytest.approx(2 * one)
+    assert one == pytest.approx(25 * 0.55 * 2**20, rel=0.02)
+    many = CACHED_PRIMITIVES
+    more = estimate_product_bytes(shape, strategy, widths=many + 1) - estimate_product_bytes(
+        shape, strategy, widths=many
+    )
+    assert more == pytest.approx(25 * KERNEL_BYTES, abs=1)
+
+
+def test_computing_in_fp32_leaves_no_kernels() -> None:
+    strategy = make_strategy("lora", weights_dtype="fp32", compute_dtype="fp32")
+    assert estimate_product_bytes(find_shape(MODEL), strategy, widths=10) == 0
+
+
+def test_more_widths_raise_every_phase_but_loading() -> None:
+    few, many = (hosts_of(measure(make_strategy("lora"), widths=widths)) for widths in (1, 12))
+    assert few["load"] == many["load"]
+    rises = {many[name] - few[name] for name in few if name not in ("load", "merge")}
+    assert rises == {
+        estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), widths=12)
+        - estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), widths=1)
+    }
+
+
+@given(lengths, st.integers(1, 1000), st.integers(1, 1000))
+def test_longer_runs_meet_more_widths_but_never_more_than_the_rows_have(
+    row_tokens: tuple[int, ...], one: int, other: int
+) -> None:
+    data, strategy = facts_of(row_tokens), make_strategy("lora")
+    few, many = (estimate_distinct_widths(data, strategy, steps=steps) for steps in sorted((one, other)))
+    everything = estimate_distinct_widths(data, strategy, steps=None)
+    assert everything == len({-(-tokens // WIDTH_MULTIPLE) for tokens in row_tokens})
+    assert 1 - 1e-9 <= few <= many + 1e-9 <= everything + 2e-9
+
+
+def test_packed_rows_have_one_width_and_unknown_ones_many() -> None:
+    packed = make_strategy("lora", packing=True)
+    assert estimate_distinct_widths(facts_of(None), packed, steps=None) == 1
+    assert estimate_distinct_widths(facts_of(None), make_strategy("lora"), steps=None) == 512 / WIDTH_MULTIPLE / 2
+
+
+def test_the_pages_of_a_file_that_is_converted_are_resident_but_not_required() -> None:
+    """The kernel takes them back where memory is short."""
+    small, large = (measure(make_strategy("qlora"), stored_bytes=size) for size in (2**28, 2**34))
+    assert hosts_of(large)["load"] - hosts_of(small)["load"] == 2**34 - 2**28
+    assert large.peak_device_bytes == hosts_of(large)["load"]
+    assert (large.required_bytes, large.host_bytes) == (small.required_bytes, small.host_bytes)
+
+
+def test_the_heap_stays_as_it_was_for_the_longest_rows_whose_blocks_it_holds() -> None:
+    shape, strategy = find_shape(MODEL), make_strategy("lora")
+    heaps = [estimate_heap_bytes(shape, strategy, sequence_length=length) for length in (64, 1024, 2**15, 2**16)]
+    assert heaps[0] < heaps[1] < heaps[2]
+    assert heaps[2] == pytest.approx(heaps[3], rel=0.01)
+
+
+def test_a_step_takes_more_than_what_is_between_steps_and_an_evaluation_less() -> None:
+    hosts = hosts_of(measure(make_strategy("lora")))
+    assert hosts["save"] < hosts["clip"] <= hosts["optimizer"] <= hosts["backward"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit"])
+def test_bitsandbytes_updates_take_copies_on_a_cpu_and_none_on_a_gpu(optimizer: str) -> None:
+    strategy = make_strategy("full", weights_dtype="fp32", compute_dtype="fp32", optimizer=optimizer)
+    on_cpu, on_gpu = (
+        {one.name: one.peak_allocated_bytes for one in measure(strategy, device).phases}
+        for device in (CPU, make_gpu("H100 80GB"))
+    )
+    assert on_gpu["optimizer"] == on_gpu["clip"]
+    assert on_cpu["optimizer"] > on_cpu["clip"]
