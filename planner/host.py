@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .arithmetic import estimate_adapter_bytes, estimate_weight_bytes, largest_linear
+from .arithmetic import estimate_adapter_bytes, estimate_optimizer_bytes, estimate_weight_bytes, largest_linear
 from .estimate import CUDA_HOST_BYTES, estimate_offloaded_bytes, find_margin
 from .files import WeightFiles
 from .memory import STEP_PHASES, Memory
-from .process import estimate_heap_bytes, estimate_own_bytes, estimate_used_bytes
+from .process import FIRST_USE_BYTES, estimate_heap_bytes, estimate_own_bytes, estimate_used_bytes
 from .shape import ModelShape
 from .strategy import Device, Strategy
 
@@ -19,8 +19,9 @@ QUANTIZATION_BYTES = 4 * 4
 """Bytes an element that bitsandbytes takes on a CPU while it quantises a weight: four fp32 copies (0.50)."""
 HOMELESS_SHARE = 0.75
 """Of the gradients, those that find no room where backward has freed activations: 0.3 to 1 in five full runs of two
-models. Of 8-bit states, too: each is made between fp32 copies of another's update, whose room it breaks up: 0.75 and 0.9
-in two runs."""
+models. Of 8-bit states, too: each is made between fp32 copies of another's update, whose room it breaks up: 0.75 and
+0.9 in two runs."""
+OPTIMIZERS_8BIT = ("adamw_8bit", "paged_adamw_8bit")
 AFTER_LOADING = (*STEP_PHASES, "evaluate", "save")
 
 
@@ -47,7 +48,9 @@ def lay_host(
         hosts = _estimate_beside_gpu(weights, stored, offloaded)
         return _lay_phases(memory, hosts)
     used = estimate_used_bytes(shape, strategy, device, widths=widths)
-    hosts = _estimate_in_steps(memory, used, *estimate_heap_bytes(shape, strategy, sequence_length=sequence_length))
+    heap = estimate_heap_bytes(shape, strategy, sequence_length=sequence_length)
+    states = sum(estimate_optimizer_bytes(shape, strategy)) if strategy.optimizer in OPTIMIZERS_8BIT else 0
+    hosts = _estimate_in_steps(memory, used, *heap, states_8bit_bytes=states)
     adapters, own = estimate_adapter_bytes(shape, strategy), estimate_own_bytes(device)
     files = {"load": _estimate_read_file(shape, strategy, stored)}
     hosts["load"] = own + adapters + _estimate_reading(shape, strategy, stored) + files["load"]
@@ -79,7 +82,9 @@ def _estimate_beside_gpu(weights: WeightFiles, stored_bytes: int, offloaded_byte
     return hosts
 
 
-def _estimate_in_steps(memory: Memory, used_bytes: int, kept_bytes: int, free_bytes: int) -> dict[str, int]:
+def _estimate_in_steps(
+    memory: Memory, used_bytes: int, kept_bytes: int, free_bytes: int, *, states_8bit_bytes: int
+) -> dict[str, int]:
     """The process and the live tensors; while steps go on also what the heap keeps of a step's activations, which goes
     back to the system before anything is evaluated or saved.
 
@@ -90,19 +95,22 @@ def _estimate_in_steps(memory: Memory, used_bytes: int, kept_bytes: int, free_by
     for name in live.keys() & {"forward", "backward"}:
         hosts[name] += free_bytes
     if "clip" in live:
-        gradients = int(HOMELESS_SHARE * (live["clip"] - live["save"]))
-        hosts["clip"] = free_bytes + max(hosts["clip"], hosts["save"] + kept_bytes + gradients)
+        homeless = int(HOMELESS_SHARE * (live["clip"] - live["save"] + states_8bit_bytes))
+        hosts["clip"] = free_bytes + max(hosts["clip"], hosts["save"] + kept_bytes + homeless)
         hosts["optimizer"] = hosts["clip"] + live["optimizer"] - live["clip"]
         hosts["backward"] = max(hosts["backward"], hosts["clip"])
     return hosts
 
 
 def _estimate_reading(shape: ModelShape, strategy: Strategy, stored_bytes: int) -> int:
-    """Memory of weights that are not stored as they are trained; others stay in the file until they are used."""
+    """Memory of weights that are not stored as they are trained; others stay in the file until they are used, which is
+    before the first step where packed rows, or a loss head that works chunk by chunk, are tried."""
     weights = estimate_weight_bytes(shape, strategy)
     if strategy.method == "qlora":
         return weights + QUANTIZATION_BYTES * largest_linear(shape).weight_parameters
-    return 0 if _is_stored_in(weights, stored_bytes) else weights
+    if not _is_stored_in(weights, stored_bytes):
+        return weights
+    return weights + FIRST_USE_BYTES if strategy.packing or strategy.loss_head != "full" else 0
 
 
 def _estimate_read_file(shape: ModelShape, strategy: Strategy, stored_bytes: int) -> int:

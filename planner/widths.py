@@ -18,8 +18,8 @@ def padded_width(longest_row_tokens: int, *, max_length: int) -> int:
 
 def estimate_distinct_widths(data: DataFacts, strategy: Strategy, *, steps: int | None) -> float:
     """How many widths of micro-batches a run is expected to meet: sum(1 - (1 - share)^micro-batches) over the widths of
-    its rows. Of rows whose lengths are not known, half of all widths up to the longest are taken to be as likely as each
-    other, and of packed ones the longest alone.
+    its rows. Of rows whose lengths are not known, half of all widths up to the longest are taken to be as likely as
+    each other, and of packed ones the longest alone.
 
     steps: of the run; None where they are not known, then all widths are met
     """

@@ -272,7 +272,8 @@ def test_expandable_segments_change_nothing_in_the_closed_forms(kind: str) -> No
 def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
     name: str, optimizer: str, checkpointed: int, length: int, kind: str
 ) -> None:
-    assume(optimizer != "adafactor")  # whose buffers come while activations are there
+    # whose buffers come while activations are there, as those of bitsandbytes do on a CPU
+    assume(optimizer != "adafactor" and (kind == "cuda" or optimizer == "adamw"))
     plain, early = (
         estimate(
             name,
