@@ -58,7 +58,7 @@ def test_ram_of_every_phase_is_as_planned_after_many_widths_of_rows(embedded_mod
         EMBEDDED_MODEL,
         model={"dtype": "bf16"},
         method={"kind": "lora", "rank": 16},
-        data={"train": "mixed.jsonl", "eval": "held.jsonl", "max_length": 160, "max_truncated": 0.5},
+        data={"train": "mixed.jsonl", "eval": "held.jsonl", "max_length": 160, "max_truncated": 0.5, "max_leaked": 1.0},
         train={"max_steps": 30, "global_batch_size": 2, "micro_batch_size": 2, "eval_every": 20},
         output={"dir": "run", "save_every": 20},
     )
