@@ -138,7 +138,7 @@ def estimate_width(data: DataFacts, strategy: Strategy) -> int:
     if data.row_tokens is None:
         return longest
     widths = estimate_widths(data.row_tokens, strategy, longest=longest)
-    return min(WIDTH_MULTIPLE * ceil(sum(widths) / len(widths) / WIDTH_MULTIPLE), longest)
+    return padded_width(ceil(sum(widths) / len(widths)), max_length=longest)
 
 
 def fit_to_rows(clock: Clock, device: Device, data: DataFacts) -> Clock:
