@@ -116,6 +116,7 @@ class Run:
 
     def execute(self) -> RunReport:
         """All phases of the run; an out-of-memory error becomes a diagnosis."""
+        trim_heap()  # on a CPU planning has measured steps in this process
         with Meter(self.directory.path / SAMPLES_NAME, self.plan, self.device, self.console) as meter:
             try:
                 self._prepare_gpu()
