@@ -56,7 +56,8 @@ LORA, QLORA, FULL = 'method.kind="lora"', 'method.kind="qlora"', 'method.kind="f
 COMPILED, SMALL = "train.compile=true", 'budget.memory="24GiB"'
 """Speeds are those of long runs: left to the planner, as few steps as here would not earn the time to compile."""
 EAGER, LIGER, FLOAT8 = ("train.compile=false", 'train.kernels="torch"'), 'train.kernels="liger"', "train.float8=true"
-PLAIN = ('train.loss_head="full"', *EAGER, "train.micro_batch_size=2")
+PEFT = "method.fused_adapters=false"
+PLAIN = ('train.loss_head="full"', *EAGER, PEFT, "train.micro_batch_size=2")
 WHOLE = ("train.gradient_checkpointing=false", "train.micro_batch_size=2")
 CURVE = {"model": "embedded", "length": 256, "batch": 8, "rows": "pavlos", "steps": CURVE_STEPS}
 AT_ONCE = "train.micro_batch_size=8"
@@ -68,7 +69,7 @@ CASES = (
     Case(name="packed", **_1B, batch=2, settings=(LORA, "data.packing=true"), rows="mixed", seconds=30),
     Case(name="lora-auto", **_8B, settings=(LORA, COMPILED), target=16_000, seconds=70),
     Case(name="qlora-auto", **_8B, settings=(QLORA, COMPILED), target=13_000, seconds=70),
-    Case(name="curve-eager", **CURVE, settings=(LORA, *EAGER, AT_ONCE), seconds=75),
+    Case(name="curve-eager", **CURVE, settings=(LORA, *EAGER, PEFT, AT_ONCE), seconds=75),
     Case(name="curve-compiled", **CURVE, settings=(LORA, COMPILED, AT_ONCE), seconds=75),
 )
 """What has a target, in the order in which they are run: within 8 minutes on an H100, with their models."""
@@ -84,12 +85,18 @@ MORE_CASES = (
         seconds=70,
     ),
     Case(name="qlora-compiled", **_8B, settings=(QLORA, 'train.loss_head="fused"', COMPILED, *WHOLE), seconds=70),
+    Case(
+        name="lora-peft-adapters",
+        **_8B,
+        settings=(LORA, 'train.loss_head="fused"', COMPILED, PEFT, *WHOLE),
+        seconds=70,
+    ),
     Case(name="lora-liger", **_8B, settings=(LORA, 'train.loss_head="fused"', LIGER, *WHOLE), seconds=45),
     Case(name="lora-float8", **_8B, settings=(LORA, 'train.loss_head="fused"', COMPILED, FLOAT8, *WHOLE), seconds=70),
     Case(name="curve-liger", **CURVE, settings=(LORA, LIGER, AT_ONCE), seconds=75),
     Case(name="curve-float8", **CURVE, settings=(LORA, COMPILED, FLOAT8, AT_ONCE), seconds=75),
 )
-"""What `--all` adds, 10 minutes more."""
+"""What `--all` adds, 11 minutes more."""
 KNOBS = {
     "train.micro_batch_size": ("1", "2", "4", "8"),
     "train.gradient_checkpointing": ("true", "false"),
@@ -201,6 +208,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "optimizer",
         "compile",
         "kernels",
+        "fused_adapters",
         "float8",
         "micro_batch_size",
         "attention",

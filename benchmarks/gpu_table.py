@@ -53,7 +53,12 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def describe(how: Mapping[str, Any]) -> str:
     """A strategy in a few words."""
     layers = f"{how['checkpointed_layers']} checkpointed, " if how["checkpointed_layers"] else ""
-    used = (("compiled", how["compile"]), ("Liger's kernels", how["kernels"] == "liger"), ("float8", how["float8"]))
+    used = (
+        ("compiled", how["compile"]),
+        ("Liger's kernels", how["kernels"] == "liger"),
+        ("fused adapters", how["fused_adapters"]),
+        ("float8", how["float8"]),
+    )
     levers = "".join(f", {name}" for name, is_used in used if is_used)
     return f"micro-batch {how['micro_batch_size']}, {layers}{how['loss_head']} head{levers}, {how['optimizer']}"
 

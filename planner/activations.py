@@ -98,7 +98,8 @@ def _linear_bytes(step: StepShape, linear: LinearShape) -> int:
         return cast
     assert strategy.adapter_rank is not None, "adapters have a rank"
     inner = step.compute_bytes * step.tokens * strategy.adapter_rank
-    weights = step.compute_bytes * strategy.adapter_rank * (linear.inputs + linear.outputs)
+    copied = 0 if strategy.fused_adapters else strategy.adapter_rank * (linear.inputs + linear.outputs)
+    weights = step.compute_bytes * copied
     dropped = (step.compute_bytes + 1) * step.tokens * linear.inputs if strategy.adapter_dropout else 0
     return cast + inner + weights + dropped
 

@@ -137,6 +137,7 @@ def list_strategies(recipe: Recipe, device: Device, method: Method, shape: Model
             clips_gradients=train.max_grad_norm != "off",
             compile=compiled,
             kernels=kernels,
+            fused_adapters=_fuses_adapters(recipe, method, setting),
             float8=train.float8,
             packing=recipe.data.packing,
             activation_offload=train.activation_offload,
@@ -232,6 +233,26 @@ def _explain_no_liger(device: Device, shape: ModelShape) -> str | None:
     if not device.has_liger:
         return 'it is not installed here, or Triton is not: pip install "fitune[liger]" (on Linux)'
     return None
+
+
+def _fuses_adapters(recipe: Recipe, method: Method, setting: Setting) -> bool:
+    """Whether adapters are fused: they move fewer bytes and keep no more, so that auto does it wherever it can be had.
+
+    Adapters' inputs must be those of the frozen layers, which dropout changes, and weights must be multiplied as they
+    are stored: a copy in another dtype, which peft's form keeps for backward, is not made twice.
+    """
+    asked = recipe.method.fused_adapters
+    if method == "full" or asked is False:
+        return False
+    casts = method == "lora" and setting.weights != setting.compute
+    if asked is True and casts:
+        raise PlanError(
+            f"method.fused_adapters: the weights are in {setting.weights} and the products in {setting.compute}: leave "
+            'model.dtype = "fp32" out, or method.fused_adapters'
+        )
+    if asked is True and recipe.train.float8:
+        raise PlanError("method.fused_adapters: products in float8 cannot be added to: leave it or train.float8 out")
+    return not (casts or recipe.train.float8 or recipe.method.dropout)
 
 
 def _check_float8(recipe: Recipe, device: Device, method: Method, shape: ModelShape) -> None:

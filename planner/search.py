@@ -40,6 +40,7 @@ MAY_DIFFER = {
     "optimizer_in_backward",
     "compile",
     "kernels",
+    "fused_adapters",
     "activation_offload",
     "expandable_segments",
 }
@@ -369,6 +370,7 @@ def _kind(strategy: Strategy) -> tuple[object, ...]:
         strategy.loss_head,
         strategy.compile,
         strategy.kernels,
+        strategy.fused_adapters,
         strategy.save_attention,
         strategy.optimizer_in_backward,
     )

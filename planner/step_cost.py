@@ -50,11 +50,11 @@ EMBEDDING_CALLS = 25
 FORWARD_CALLS: dict[Kernels, float] = {"torch": 97, "liger": 100}
 """Of a decoder layer in forward."""
 BACKWARD_CALLS: dict[Kernels, float] = {"torch": 111, "liger": 110}
-ADAPTER_FORWARD_CALLS = 21
-ADAPTER_BACKWARD_CALLS = 9
-PACKED_FORWARD_CALLS = 13.5
-"""Of a 4-bit linear layer, beside what any linear layer takes."""
-PACKED_BACKWARD_CALLS = 15
+ADAPTER_CALLS: dict[bool, tuple[float, float]] = {False: (21, 9), True: (14, 14.5)}
+"""(forward, backward) of a linear layer's adapter, by whether it is fused, beside what any linear layer takes; fused
+ones are autograd functions in Python."""
+PACKED_CALLS: dict[bool, tuple[float, float]] = {False: (13.5, 15), True: (3, 3)}
+"""The same of its weight in 4 bits."""
 CHECKPOINT_CALLS = 60
 """Of a checkpointed layer in forward, beside its own: hooks on the tensors that it would keep."""
 RECOMPUTE_CALLS = 140
@@ -142,7 +142,7 @@ def _list_layer(
     if with_attention:
         yield from _list_attention(step, block, repeats, backward=False)
     yield _make_traffic(step, repeats, backward=False)
-    yield from _list_packed(step, block, repeats, calls=PACKED_FORWARD_CALLS)
+    yield from _list_packed(step, block, repeats, backward=False)
 
 
 def _list_selection(step: StepShape, block: BlockShape) -> Iterator[Work]:
@@ -169,12 +169,13 @@ def _list_layer_backward(step: StepShape, block: BlockShape) -> Iterator[Work]:
     yield from _list_experts(step, block, block.repeats, factor=2 if step.trains_base else 1)
     yield from _list_attention(step, block, block.repeats, backward=True)
     yield _make_traffic(step, block.repeats, backward=True)
-    yield from _list_packed(step, block, block.repeats, calls=PACKED_BACKWARD_CALLS)
+    yield from _list_packed(step, block, block.repeats, backward=True)
 
 
-def _list_packed(step: StepShape, block: BlockShape, repeats: float, *, calls: float) -> Iterator[Work]:
+def _list_packed(step: StepShape, block: BlockShape, repeats: float, *, backward: bool) -> Iterator[Work]:
     """Host work of 4-bit layers, beside what any take."""
     if step.strategy.method == "qlora":
+        calls = PACKED_CALLS[step.strategy.fused_adapters][backward]
         yield Work(kind="none", calls=_scale_calls(step.strategy, calls * len(block.linears)), times=repeats)
 
 
@@ -198,7 +199,7 @@ def _list_product(step: StepShape, linear: LinearShape, repeats: float, *, quant
 
 
 def _list_adapter(step: StepShape, linear: LinearShape, repeats: float, *, gradients: bool) -> Iterator[Work]:
-    """The two products of an adapter, twice as many in backward, and the traffic of its output."""
+    """The two products of an adapter, twice as many in backward, and the traffic of its output unless it is fused."""
     strategy, a = step.strategy, step.compute_bytes
     if strategy.method == "full" or not step.needs_input(linear):
         return
@@ -214,8 +215,8 @@ def _list_adapter(step: StepShape, linear: LinearShape, repeats: float, *, gradi
         )
     factor = BACKWARD_FACTOR if gradients else 1.0
     dropped = DROPOUT_BYTES * linear.inputs if strategy.adapter_dropout else 0
-    calls = ADAPTER_BACKWARD_CALLS if gradients else ADAPTER_FORWARD_CALLS
-    moved = step.tokens * factor * (ADAPTER_BYTES * linear.outputs + dropped)
+    calls = ADAPTER_CALLS[strategy.fused_adapters][gradients]
+    moved = 0 if strategy.fused_adapters else step.tokens * factor * (ADAPTER_BYTES * linear.outputs + dropped)
     yield Work(
         kind="memory",
         bytes=moved * (FUSED_SHARE if strategy.compile else 1.0),

@@ -156,6 +156,8 @@ class Strategy(Value):
     clips_gradients:  whether gradients are scaled to a norm
     compile:          layers compiled, and with them the fused loss head
     kernels:          of norms, rotary positions and gated MLPs: PyTorch's operations, or Liger's kernels
+    fused_adapters:   LoRA's products are added where the frozen ones are computed, and together for layers that read
+                      the same input; else they are peft's
     float8:           the frozen linear layers stored in float8 and multiplied in it; with adapters only
     packing:          short rows put together, which gives every attention but varlen an explicit mask
     activation_offload: what the layers keep for backward waits in host memory (on a GPU)
@@ -184,6 +186,7 @@ class Strategy(Value):
     clips_gradients: bool = True
     compile: bool = False
     kernels: Kernels = "torch"
+    fused_adapters: bool = False
     float8: bool = False
     packing: bool = False
     activation_offload: bool = False

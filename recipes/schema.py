@@ -51,8 +51,23 @@ class MethodTable(Table):
     """Dtype of the LoRA matrices."""
     double_quantization: bool = True
     """Whether QLoRA quantises the NF4 scales again."""
+    fused_adapters: Literal["auto"] | bool = "auto"
+    """Whether LoRA's products are added where the frozen ones are computed, and are not tensors of their own; without
+    dropout, where auto does it."""
     adapter: Text | None = None
     """Folder of an existing adapter to continue; needs lora or qlora."""
+
+    @field_validator("fused_adapters")
+    @classmethod
+    def _check_fused(cls, asked: Literal["auto"] | bool, info: ValidationInfo) -> Literal["auto"] | bool:
+        if asked is True and info.data.get("kind") == "full":
+            raise ValueError('true is for adapters, which method.kind = "full" has none of: leave it out')
+        if asked is True and info.data.get("dropout"):
+            raise ValueError(
+                f"true excludes method.dropout = {info.data['dropout']}, which changes the adapters' inputs: "
+                "leave one of the two out"
+            )
+        return asked
 
     @field_validator("adapter")
     @classmethod

@@ -112,7 +112,7 @@ def test_a_command_that_hangs_is_ended_and_one_that_fails_says_why() -> None:
 
 def test_what_cases_say_together_is_where_both_are_there() -> None:
     how = {"checkpointed_layers": 0, "loss_head": "full", "compile": True, "micro_batch_size": 4, "optimizer": "adamw"}
-    how |= {"kernels": "torch", "float8": False}
+    how |= {"kernels": "torch", "fused_adapters": False, "float8": False}
     speeds = {"packed": 30.0, "padded": 10.0, "search-auto": 100.0, "search-1": 90.0, "search-2": 105.0}
     rows = [{"case": name, "tokens_per_second": speed, "strategy": how} for name, speed in speeds.items()]
     packed, searched = list_comparisons([*rows, {"case": "curve-eager", "error": "stopped"}])

@@ -96,9 +96,9 @@ def _describe_weights(plan: Plan) -> str:
     if strategy.float8:
         stored = f"linear layers in float8, the rest {stored}"
     rounding = ", rounded stochastically" if strategy.rounding == "stochastic" else ""
-    adapters = (
-        "" if strategy.adapter_dtype is None else f", rank {strategy.adapter_rank} adapters in {strategy.adapter_dtype}"
-    )
+    fused = "fused " if strategy.fused_adapters else ""
+    adapters = f", {fused}adapters of rank {strategy.adapter_rank} in {strategy.adapter_dtype}"
+    adapters = "" if strategy.adapter_dtype is None else adapters
     return f"{stored}{adapters}{rounding}; computes in {strategy.compute_dtype}"
 
 

@@ -30,7 +30,8 @@ def build_for_run(job: Job, plan: Plan, base_folder: Path, device: torch.device)
         trust_remote_code=job.recipe_file.recipe.model.trust_remote_code,
     )
     name_base_model(built.model, job.source.hub_id or str(base_folder.resolve()))
-    _check_trainable(built, method.adapter, plan.parameters.trainable)
+    if method.adapter is not None:
+        _check_adapter(built, method.adapter, plan)
     with autocast(strategy, device), uncompiled(strategy):
         check_loss_head(built.model, built.base, loss_head=strategy.loss_head, device=device)
         if strategy.packing:
@@ -38,12 +39,17 @@ def build_for_run(job: Job, plan: Plan, base_folder: Path, device: torch.device)
     return built
 
 
-def _check_trainable(built: BuiltModel, adapter: str | None, planned: int) -> None:
-    """An adapter that is continued has a rank and targets of its own: the plan must be for those."""
-    model = cast(Any, built.model)
-    found = sum(parameter.numel() for parameter in built.trainable)
-    if adapter is not None and found != planned:
-        config = model.peft_config["default"]
+def _check_adapter(built: BuiltModel, adapter: str, plan: Plan) -> None:
+    """An adapter that is continued has a rank, targets and a form of its own: the plan must be for those."""
+    config = cast(Any, built.model).peft_config["default"]
+    found, planned = sum(parameter.numel() for parameter in built.trainable), plan.parameters.trainable
+    more = {"dropout": config.lora_dropout, "DoRA": config.use_dora, "biases": config.lora_bias}
+    if plan.strategy.fused_adapters and any(more.values()):
+        raise RunError(
+            f"method.adapter: {adapter} was made with {' and '.join(name for name, on in more.items() if on)}, which "
+            "fused adapters do not compute: set method.fused_adapters = false"
+        )
+    if found != planned:
         raise RunError(
             f"method.adapter: {adapter} trains {found:,} parameters, the plan {planned:,}: set method.rank = "
             f"{config.r} and method.targets = {json.dumps(sorted(config.target_modules))}, as the adapter has them"

@@ -19,6 +19,7 @@ from ...recipes.errors import ModelError
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
 from .attention import attend_documents, keep_attention
+from .fused_adapters import fuse_adapters
 from .kernels import use_liger_kernels
 from .linear_4bit import make_compilable
 from .linear_float8 import use_float8
@@ -62,6 +63,8 @@ def build_model(
     base = load_base(folder, strategy, device, trust_remote_code=trust_remote_code)
     model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=alpha, adapter=adapter)
     prepare_training(base, strategy)
+    if strategy.compile:
+        compile_layers(base)
     return BuiltModel(model=model, base=base)
 
 
@@ -244,7 +247,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def prepare_training(base: Any, strategy: Strategy) -> None:
-    """Checkpointing, float8, kernels and compiled layers, as the strategy says."""
+    """Checkpointing, float8, fused adapters and kernels, as the strategy says; compile_layers() comes next."""
     base.config.use_cache = False
     base.train()
     _forget_padding(base)
@@ -252,15 +255,26 @@ def prepare_training(base: Any, strategy: Strategy) -> None:
         checkpoint_layers(base, strategy.checkpointed_layers, save_attention=strategy.save_attention)
     if strategy.float8:
         use_float8(base)
+    if strategy.fused_adapters:
+        fuse_adapters(base, strategy)
     if strategy.kernels == "liger":
         use_liger_kernels(base)
     if strategy.compile:
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         make_compilable(base)
-        # It warns of in-place operations in every checkpoint that has a policy; attention's results see none.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        for layer in find_layers(base):
-            layer.compile()
+
+
+def compile_layers(base: Any) -> None:
+    """Compile each decoder layer when it is first called.
+
+    What a checkpointed layer hands from one fused adapter to the next is in its graph, and need not be handed on again
+    when backward computes the layer again.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # It warns of in-place operations in every checkpoint that has a policy; attention's results see none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    for layer in find_layers(base):
+        layer.compile()
 
 
 def _forget_padding(base: Any) -> None:

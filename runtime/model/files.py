@@ -31,6 +31,7 @@ WRITTEN_ALIKE: Mapping[str, Any] = {
     "loss_head": "full",
     "compile": False,
     "kernels": "torch",
+    "fused_adapters": False,
     "float8": False,
     "learning_rate": 1.0,
 }

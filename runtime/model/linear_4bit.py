@@ -1,8 +1,8 @@
 """4-bit linear layers that can be compiled without keeping their dequantised weights.
 
-bitsandbytes dequantises the weight in backward with an operation of its own. It reads nothing of the gradient, so
-AOTAutograd's partitioner takes it for a part of the forward and keeps its result: every layer's weight in 16 bits, 29
-GiB instead of 10 for an 8B model. Here dequantisation and product are one operation, which reads the gradient.
+bitsandbytes dequantises the weight in backward with an operation that reads nothing of the gradient, so AOTAutograd's
+partitioner takes it for a part of the forward and keeps its result: every layer's weight in 16 bits, 29 GiB instead of
+10 for an 8B model. The operation here has the gradient among its arguments.
 """
 
 from __future__ import annotations
@@ -15,52 +15,59 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 
+Storage = tuple[tuple[int, ...], int, str]
+"""Of a packed weight: its shape [outputs, inputs], elements of a block, and the quantisation's name."""
 
-@library.custom_op("fitune::multiply_4bit", mutates_args=())
-def multiply_4bit(
-    gradient: Tensor,
-    packed: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None,
-    absmax_offset: Tensor | None,
+
+def list_packed(layer: Linear4bit) -> tuple[tuple[Tensor, ...], Storage]:
+    """A layer's packed weight and its blocks' scales; where those are quantised again, their own scales and with them
+    their 8 bits, code and offset."""
+    state: Any = layer.quant_state
+    nested = (state.absmax, state.state2.code, state.offset) if state.nested else ()
+    absmax = state.state2.absmax if state.nested else state.absmax
+    return (layer.weight.view(-1, 1), absmax, *nested), (tuple(state.shape), state.blocksize, state.quant_type)
+
+
+def dequantize(tensors: Sequence[Tensor], storage: Storage, dtype: torch.dtype) -> Tensor:
+    """The weight [outputs, inputs] that `list_packed` describes."""
+    packed, absmax, *nested = tensors
+    shape, blocksize, quant_type = storage
+    if nested:
+        absmax_8bit, code, offset = nested
+        blocks = torch.ops.bitsandbytes.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32)
+        absmax = blocks + offset
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype)
+    return weight
+
+
+@library.custom_op("fitune::dequantize_4bit", mutates_args=())
+def dequantize_after(
+    reader: Tensor, tensors: Sequence[Tensor], shape: Sequence[int], blocksize: int, quant_type: str
 ) -> Tensor:
-    """gradient [..., outputs] times the packed weight [outputs, inputs]: [..., inputs].
-
-    absmax:  scales of the blocks, or, where those are quantised again to absmax_8bit, theirs
-    """
-    if absmax_8bit is not None:
-        assert absmax_code is not None and absmax_offset is not None, "nested constants come together"
-        blocks = torch.ops.bitsandbytes.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
-        absmax = blocks + absmax_offset
-    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, gradient.dtype)
-    return torch.matmul(gradient, weight)
+    """The weight, in the dtype of what it is multiplied with, which has to be there before."""
+    return dequantize(tensors, (tuple(shape), blocksize, quant_type), reader.dtype)
 
 
-@multiply_4bit.register_fake
-def _(gradient: Tensor, packed: Tensor, shape: Sequence[int], *_: Any) -> Tensor:
-    return gradient.new_empty((*gradient.shape[:-1], shape[1]))
+@dequantize_after.register_fake
+def _(reader: Tensor, _: Sequence[Tensor], shape: Sequence[int], *__: Any) -> Tensor:
+    return reader.new_empty(tuple(shape))
 
 
 class _Product(torch.autograd.Function):
     """bitsandbytes' product with a packed weight; backward needs the packed weight only."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, packed: Tensor, bias: Tensor | None, state: tuple[Any, ...]) -> Tensor:
-        shape, absmax, blocksize, quant_type, nested = state
-        ctx.save_for_backward(packed, absmax, *nested)
-        ctx.static = shape, blocksize, quant_type
+    def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...], storage: Storage) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.storage = storage
+        packed, absmax, *nested = tensors
         eight_bit, code, offset = nested or (None, None, None)
         return torch.ops.bitsandbytes.gemm_4bit(  # type: ignore[no-any-return]
             inputs,
             packed,
-            shape,
+            storage[0],
             absmax,
-            blocksize,
-            quant_type,
+            *storage[1:],
             bias=bias,
             absmax_8bit=eight_bit,
             absmax_code=code,
@@ -70,24 +77,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        packed, absmax, *nested = ctx.saved_tensors
-        shape, blocksize, quant_type = ctx.static
-        constants = nested or (None, None, None)
-        product = multiply_4bit(gradients[0].contiguous(), packed, shape, absmax, blocksize, quant_type, *constants)
-        return product, None, None, None
+        gradient = gradients[0].contiguous()
+        weight = dequantize_after(gradient, list(ctx.saved_tensors), *ctx.storage)
+        return torch.matmul(gradient, weight), None, None, None
 
 
 class PackedLinear4bit(Linear4bit):
     """bitsandbytes' layer with the product above; for frozen weights in blocks of 256 constants, as ours are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        state: Any = self.quant_state
-        nested = (state.absmax, state.state2.code, state.offset) if state.nested else ()
-        absmax = state.state2.absmax if state.nested else state.absmax
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        constants = tuple(state.shape), absmax, state.blocksize, state.quant_type, nested
-        out: Tensor = _Product.apply(x.to(dtype), self.weight.view(-1, 1), bias, constants)  # type: ignore[no-untyped-call]
+        out: Tensor = _Product.apply(x.to(dtype), bias, *list_packed(self))  # type: ignore[no-untyped-call]
         return out.to(x.dtype)
 
 

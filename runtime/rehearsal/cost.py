@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -16,8 +17,13 @@ from ...planner.speed import ATTENTION_BACKWARD_FACTOR, Work
 
 WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_reshape_alias", "prim::")
 """Operations that allocate or look, and start no kernel."""
-PACKED_PRODUCTS = {"bitsandbytes::gemm_4bit": 2, "fitune::multiply_4bit": 2}
-"""Products with a packed weight, to the place of its shape among their arguments."""
+PACKED_PRODUCT = "bitsandbytes::gemm_4bit"
+ADDED_PRODUCTS = "fitune::add_products"
+"""Products one after the other, each added to those before it."""
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+"""Products that overwrite what they are added to, to those whose arithmetic is known."""
+DEQUANTIZATION = "fitune::dequantize_4bit"
+"""Of a packed weight; its first argument has to be there, but is not read."""
 TRANSPOSED_PRODUCT = "fitune::multiply_float8"
 """A product in float8, after its weight was copied to lie transposed."""
 TABLES = {
@@ -81,6 +87,11 @@ class Ledger:
             self.operations.append(Operation(self._mark_of(), name, Work(kind="none", host=host)))
             return
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
+        if name == ADDED_PRODUCTS:
+            self._note_added(args[0], args[1], result)
+            return
+        if name == DEQUANTIZATION:
+            inputs = inputs[1:]
         if name in TABLES:
             table = _key(inputs[TABLES[name]])
             inputs, outputs = ([one for one in group if _key(one) != table] for group in (inputs, outputs))
@@ -96,11 +107,12 @@ class Ledger:
             outputs = outputs[: 3 if backward else 1]
             self.note_attention(query, key, outputs, inputs=inputs, backward=backward, is_masked=is_masked)
             return
-        if func._overloadpacket in flop_registry:
-            kind, flops = "matrix", flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            kind, flops = "matrix", flop_registry[packet](*args, **(kwargs or {}), out_val=result)
             width = inputs[0].element_size()
-        elif name in PACKED_PRODUCTS:
-            shape = args[PACKED_PRODUCTS[name]]
+        elif name == PACKED_PRODUCT:
+            shape = args[2]
             rows = args[0].numel() // args[0].shape[-1]
             flops, weight = 2 * rows * shape[0] * shape[1], width * shape[0] * shape[1]
             # The weight is written in the compute dtype, and read.
@@ -112,6 +124,20 @@ class Ledger:
             kind = "matrix"
         work = Work(kind=kind, flops=flops, bytes=moved, width=width, host=self._starter())
         self.operations.append(Operation(self._mark_of(), name, work, reads, writes))
+
+    def _note_added(self, lefts: Sequence[Tensor], rights: Sequence[Tensor], result: Tensor) -> None:
+        """Products that are added up in place: each but the first reads what is there."""
+        for place, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+            read = [left, right, *([result] if place else [])]
+            reads, writes = self._list_reads(read), self._list_traffic([result])
+            work = Work(
+                kind="matrix",
+                flops=2.0 * left.shape[0] * left.shape[1] * right.shape[1],
+                bytes=sum(size for _, size in (*reads, *writes)),
+                width=left.element_size(),
+                host=self._starter(),
+            )
+            self.operations.append(Operation(self._mark_of(), ADDED_PRODUCTS, work, reads, writes))
 
     def _starter(self) -> HostWork:
         return "engine" if self._is_engine() else "operation"

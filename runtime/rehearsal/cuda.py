@@ -65,8 +65,8 @@ class CudaCard:
         """Bytes that an operation's CUDA kernel allocates beside its results and frees."""
         if func.name() == FUSED_4BIT:
             return _gemm_4bit_temporaries(*args)
-        if func.name() == "fitune::multiply_4bit":
-            return _dequantization(args[2], args[0])
+        if func.name() == "fitune::dequantize_4bit":
+            return _constants(args[2])
         if func.name() == "fitune::multiply_float8":
             return (args[2].nbytes,)
         if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
@@ -88,10 +88,14 @@ def _gemm_4bit_temporaries(
 
 
 def _dequantization(shape: Any, like: Tensor) -> tuple[int, ...]:
-    """A weight's constants, twice for a moment, and the weight itself in the dtype that is computed in."""
-    elements = shape[0] * shape[1]
-    constants = 4 * -(-elements // 64)
-    return constants, constants, elements * like.element_size()
+    """A weight's constants, and the weight itself in the dtype that is computed in."""
+    return *_constants(shape), shape[0] * shape[1] * like.element_size()
+
+
+def _constants(shape: Any) -> tuple[int, int]:
+    """Those of a weight's blocks, twice for a moment."""
+    constants = 4 * -(-shape[0] * shape[1] // 64)
+    return constants, constants
 
 
 def _embedding_temporaries(gradient: Tensor, indices: Tensor, *_: Any) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from ..model.build import (
     name_attention,
     prepare_training,
 )
-from ..model.linear_4bit import make_compilable
 from ..model.linear_float8 import find_convertible
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
@@ -131,9 +130,7 @@ def build_rehearsal_model(
     with torch.device("meta"):
         model = base if strategy.method == "full" else add_adapters(base, strategy, alpha=None, adapter=None)
     checkpointed = sum(index < strategy.checkpointed_layers for index in cut.picked)
-    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed, "compile": False}))
-    if strategy.compile:
-        make_compilable(base)
+    prepare_training(base, strategy.model_copy(update={"checkpointed_layers": checkpointed}))
     model.train()
     return RehearsalModel(
         model=model,

@@ -24,11 +24,13 @@ LT_WORKSPACE_BYTES = 2**20
 """cuBLASLt's workspace, which products with a bias use (CUDABlas.cpp, CUBLASLT_WORKSPACE_SIZE)."""
 FUSED_4BIT = "bitsandbytes::gemm_4bit"
 """bitsandbytes' product with a packed weight."""
-PACKED_PRODUCTS = frozenset({FUSED_4BIT, "fitune::multiply_4bit"})
+ADDED_PRODUCTS = "fitune::add_products"
+OTHER_PRODUCTS = frozenset({FUSED_4BIT, ADDED_PRODUCTS})
 """Products with a packed weight: they dequantise it and multiply."""
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset(
-    {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._scaled_mm.default}
+    {_aten.mm.default, _aten.addmm.default, _aten.addmm_.default}
+    | {_aten.bmm.default, _aten.baddbmm.default, _aten._scaled_mm.default}
 )
 _LAST_FIRST = frozenset({_aten.native_dropout.default})
 """Operations whose CUDA kernels allocate their results from the last to the first: dropout its mask (Dropout.cu)."""
@@ -131,7 +133,7 @@ class StorageWatch(TorchDispatchMode):
         for one in reversed(results) if func in _LAST_FIRST else results:
             if isinstance(one, torch.Tensor):
                 self.see(one)
-        if func in _MATRIX_PRODUCTS or func.name() in PACKED_PRODUCTS:
+        if func in _MATRIX_PRODUCTS or func.name() in OTHER_PRODUCTS:
             self._hold_workspace(has_bias=_has_bias(func, args, kwargs or {}))
         self.ledger.note(func, args, kwargs, result)
         for number in held:
@@ -224,4 +226,6 @@ def _has_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a matrix product adds a vector, which cuBLASLt does on the way (useLtInterface in Blas.cpp)."""
     if func is _aten.addmm.default:
         return bool(args[0].dim() == 1)
+    if func.name() == ADDED_PRODUCTS:
+        return args[2] is not None
     return func.name() == FUSED_4BIT and kwargs.get("bias", args[6] if len(args) > 6 else None) is not None

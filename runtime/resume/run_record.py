@@ -33,6 +33,7 @@ REPLAN_MAY_CHANGE = {
         f"train.{key}"
         for key in ("micro_batch_size", "gradient_checkpointing", "save_attention", "loss_head", "compile")
     ),
+    "method.fused_adapters",
     *(f"train.{key}" for key in ("kernels", "activation_offload", "expandable_segments", "optimizer_in_backward")),
 }
 """Keys that `--replan` may find changed as well: none of them changes what is computed, rounding excepted."""

@@ -317,5 +317,38 @@ def test_float8_is_refused_where_there_are_no_such_products(device: Device) -> N
         list_all({"train": {"float8": True}}, device, "lora")
 
 
+def test_adapters_are_fused_wherever_they_can_be() -> None:
+    for device in (H100, T4, CPU, FP32_CPU):
+        assert {one.fused_adapters for one in list_all({}, device, "full")} == {False}
+        for method in ("lora", "qlora"):
+            assert {one.fused_adapters for one in list_all({}, device, method)} == {True}
+            for own in ({"dropout": 0.1}, {"fused_adapters": False}):
+                assert {one.fused_adapters for one in list_all({"method": own}, device, method)} == {False}
+    in_fp32 = {"model": {"id": "llama-3.2-1b", "dtype": "fp32"}}
+    assert {one.fused_adapters for one in list_all(in_fp32, H100, "lora")} == {False}, "autocast copies the weights"
+    assert {one.fused_adapters for one in list_all(in_fp32, H100, "qlora")} == {True}, "packed ones are made as needed"
+    card = make_catalog_device(find_gpu("H100 80GB"), BudgetTable())
+    assert {one.fused_adapters for one in list_all({"train": {"float8": True}}, card, "lora")} == {False}
+
+
+@pytest.mark.parametrize(
+    ("tables", "error"),
+    [
+        (
+            {"model": {"id": "llama-3.2-1b", "dtype": "fp32"}},
+            r"method\.fused_adapters: the weights are in fp32 and the products in bf16",
+        ),
+        ({"train": {"float8": True}}, r"method\.fused_adapters: products in float8 cannot be added to"),
+    ],
+)
+def test_fused_adapters_that_cannot_be_had_are_an_error(tables: dict[str, Any], error: str) -> None:
+    with pytest.raises(PlanError, match=error):
+        list_all(
+            tables | {"method": {"fused_adapters": True}},
+            make_catalog_device(find_gpu("H100 80GB"), BudgetTable()),
+            "lora",
+        )
+
+
 def test_float8_is_never_chosen_by_itself() -> None:
     assert not any(one.float8 for method in ("full", "lora", "qlora") for one in list_all({}, H100, method))

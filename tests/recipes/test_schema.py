@@ -36,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "targets": "all-linear",
         "adapter_dtype": "fp32",
         "double_quantization": True,
+        "fused_adapters": "auto",
         "adapter": None,
     },
     "budget": {
@@ -189,6 +190,14 @@ def test_a_mixture_names_its_sources_with_weights() -> None:
         (
             "[train]\ngradient_checkpointing = false\nsave_attention = true",
             "train.save_attention: true is for checkpointed layers, and train.gradient_checkpointing is false",
+        ),
+        (
+            '[method]\nkind = "full"\nfused_adapters = true',
+            'method.fused_adapters: true is for adapters, which method.kind = "full" has none of',
+        ),
+        (
+            "[method]\ndropout = 0.1\nfused_adapters = true",
+            "method.fused_adapters: true excludes method.dropout = 0.1",
         ),
         (
             "[train]\nsave_attention = true\nactivation_offload = true",
