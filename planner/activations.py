@@ -52,7 +52,9 @@ class StepShape:
             return True
         targets = self.strategy.adapter_targets
         assert targets is not None, "adapters have targets"
-        return targets == "all-linear" or any(linear.is_target(name) for name in _names(targets))
+        if targets == "all-linear":
+            return linear.is_adapted
+        return any(linear.is_target(name) for name in _names(targets))
 
 
 def _names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -166,6 +168,8 @@ def estimate_mlp_bytes(step: StepShape, block: BlockShape) -> int:
     )
     if shape.experts and shape.experts_per_token:
         visits = step.tokens * shape.experts_per_token
+        if not step.trains_base:
+            return a * visits * (3 * shape.intermediate_size + shape.hidden_size)
         return a * visits * (4 * shape.intermediate_size + 3 * shape.hidden_size)
     elements = step.tokens * shape.intermediate_size
     if shape.gated_mlp:

@@ -51,6 +51,7 @@ def estimate_weight_bytes(shape: ModelShape, strategy: Strategy) -> int:
     quantized = sum(
         count * estimate_nf4_bytes(linear.weight_parameters, double_quantization=strategy.double_quantization)
         for linear, count in shape.linears
+        if linear.is_packed
     )
     return quantized + (shape.parameters - shape.quantized_parameters) * width
 

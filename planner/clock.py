@@ -9,6 +9,7 @@ from math import ceil
 
 from ..recipes.schema import Recipe
 from .catalog import find_gpu
+from .kept import KeptForms
 from .memory import Memory
 from .rates import OPERATION_SECONDS, make_gpu_rates
 from .run_time import RunFacts, estimate_run_parts, estimate_startup_parts
@@ -60,23 +61,31 @@ def find_order_rates(device: Device) -> Rates:
 
 
 def make_closed_form_clock(
-    shape: ModelShape, device: Device, sequence_length: int, *, document_tokens: float | None = None
+    shape: ModelShape,
+    device: Device,
+    sequence_length: int,
+    *,
+    document_tokens: float | None = None,
+    kept: KeptForms | None = None,
 ) -> Clock:
-    """The closed forms as a clock; document_tokens: as in DataFacts."""
-    rates = find_order_rates(device)
+    """The closed forms as a clock; document_tokens: as in DataFacts; kept: of this model and these rows."""
+    rates, known = find_order_rates(device), kept or KeptForms()
 
     @cache
     def time_micro_batch(strategy: Strategy) -> dict[str, PhaseTime]:
-        works = estimate_micro_batch_work(shape, strategy, sequence_length, document_tokens=document_tokens)
-        return {name: estimate_phase_time(name, of_phase, rates) for name, of_phase in works.items()}
+        if strategy not in known.works:
+            works = estimate_micro_batch_work(shape, strategy, sequence_length, document_tokens=document_tokens)
+            known.works[strategy] = works
+        return {name: estimate_phase_time(name, works, rates) for name, works in known.works[strategy].items()}
 
     @cache
     def clock(strategy: Strategy) -> StepTime:
         alike = strategy.model_copy(
             update={"optimizer": "adamw", "optimizer_in_backward": False, "gradient_accumulation_steps": 1}
         )
-        update = estimate_shape_update_work(shape, strategy)
-        phases = {name: estimate_phase_time(name, works, rates) for name, works in update.items()}
+        if strategy not in known.updates:
+            known.updates[strategy] = estimate_shape_update_work(shape, strategy)
+        phases = {name: estimate_phase_time(name, works, rates) for name, works in known.updates[strategy].items()}
         tokens = strategy.micro_batch_size * sequence_length
         flops = estimate_model_flops(shape, strategy, document_tokens or sequence_length) * tokens
         micro_batch = time_micro_batch(alike)
@@ -160,10 +169,11 @@ def fit_to_rows(clock: Clock, device: Device, data: DataFacts) -> Clock:
     return fit
 
 
-def make_row_clock(shape: ModelShape, device: Device, data: DataFacts) -> Clock:
-    """The closed forms as a clock for rows as long as the dataset's."""
-    length, document_tokens = data.longest_row_tokens, data.document_tokens
-    return fit_to_rows(make_closed_form_clock(shape, device, length, document_tokens=document_tokens), device, data)
+def make_row_clock(shape: ModelShape, device: Device, data: DataFacts, *, kept: KeptForms | None = None) -> Clock:
+    """The closed forms as a clock for rows as long as the dataset's; kept: of this model and these rows."""
+    length, documents = data.longest_row_tokens, data.document_tokens
+    clock = make_closed_form_clock(shape, device, length, document_tokens=documents, kept=kept)
+    return fit_to_rows(clock, device, data)
 
 
 class Timer:
@@ -187,6 +197,7 @@ class Timer:
         """quick, exact: clocks for rows as long as the dataset's"""
         self.steps, self._quick, self._exact = steps, quick, exact
         self._device, self._weight_file_bytes = device, weight_file_bytes
+        self._seconds: dict[Strategy, float] = {}
         self._facts: RunFacts | None = None
         if steps is not None:
             self._facts = RunFacts(recipe=recipe, data=data, steps=steps, weight_file_bytes=weight_file_bytes)
@@ -207,7 +218,9 @@ class Timer:
 
     def estimate_seconds(self, strategy: Strategy) -> float:
         """The whole run by closed forms."""
-        return self.rank_seconds(strategy, self.estimate(strategy))
+        if strategy not in self._seconds:
+            self._seconds[strategy] = self.rank_seconds(strategy, self.estimate(strategy))
+        return self._seconds[strategy]
 
     def find_run_seconds(self, strategy: Strategy) -> float | None:
         """Of the whole run by closed forms; None where the number of steps or the device's rates are not known."""

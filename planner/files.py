@@ -242,7 +242,12 @@ def lay_files(memory: Memory, files: RunFiles) -> Memory:
     adds = {"save": files.saved_bytes, "merge": files.merged_bytes}
 
     def lay(phase: Phase) -> Phase:
-        return phase.model_copy(update={"disk_bytes": adds.get(phase.name, 0)})
+        return Phase(
+            name=phase.name,
+            peak_allocated_bytes=phase.peak_allocated_bytes,
+            host_bytes=phase.host_bytes,
+            disk_bytes=adds.get(phase.name, 0),
+        )
 
     return memory.model_copy(
         update={

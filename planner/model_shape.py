@@ -21,6 +21,8 @@ class LinearShape:
     bias:     whether it has a bias of `outputs`
     conv1d:   GPT-2's transposed Linear: bitsandbytes converts it too, all-linear targets it too
     parent:   path of the module it sits in, inside its block, such as `self_attn`; None in the block or model itself
+    is_packed:  whether NF4 packs it: transformers leaves classes of a model's own alone, such as Falcon's
+    is_adapted: whether `all-linear` adapts it
     """
 
     name: str
@@ -29,6 +31,8 @@ class LinearShape:
     bias: bool = False
     conv1d: bool = False
     parent: str | None = None
+    is_packed: bool = True
+    is_adapted: bool = True
 
     @property
     def path(self) -> str:
@@ -91,7 +95,8 @@ class ModelShape:
     tied:                  whether LM head and token embeddings are one weight
     gated_mlp:             whether the MLP has a gate beside its up projection
     activation:            the MLP's activation function, as the config names it
-    norm:                  kind of the norms
+    norm:                  layernorm: PyTorch's, whose results are fp32 under autocast; rmsnorm: one in the model's own
+                           code that returns its input's dtype, Cohere's too
     norms_per_block:       hidden-sized norms in a layer
     qk_norm:               whether queries and keys are normalised
     experts:               experts in a layer, None for a dense model
@@ -162,8 +167,8 @@ class ModelShape:
 
     @cached_property
     def quantized_parameters(self) -> int:
-        """Weights that NF4 stores: those of every linear layer but the LM head; biases stay as they are."""
-        return sum(count * linear.weight_parameters for linear, count in self.linears)
+        """Weights that NF4 stores: those of the linear layers but the LM head; biases stay as they are."""
+        return sum(count * linear.weight_parameters for linear, count in self.linears if linear.is_packed)
 
     def lora_parameters(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
         """rank * (inputs + outputs) for each linear layer that is a target, as peft makes the adapters A and B.
@@ -177,7 +182,7 @@ class ModelShape:
     def lora_linears(self, targets: str | Sequence[str] = "all-linear") -> tuple[tuple[LinearShape, int], ...]:
         """The linear layers that `targets` reaches, with their counts; a name that reaches none is an error."""
         if targets == "all-linear":
-            return self.linears
+            return tuple(pair for pair in self.linears if pair[0].is_adapted)
         names = (targets,) if isinstance(targets, str) else tuple(targets)
         candidates = (*self.linears, (self.head, 1))
         for name in names:

@@ -17,9 +17,18 @@ from ..recipes.units import format_bytes
 from .advice import list_advice, list_warnings
 from .arithmetic import count_trainable
 from .clock import Clock, Timer, make_row_clock
-from .estimate import estimate_memory, estimate_weight_files, find_margin
-from .files import FilesOf, RunFiles, count_kept, estimate_beside_weights, lay_files, list_checkpoint_counts
+from .estimate import estimate_weight_files, find_margin
+from .files import (
+    FilesOf,
+    RunFiles,
+    WeightFiles,
+    count_kept,
+    estimate_beside_weights,
+    lay_files,
+    list_checkpoint_counts,
+)
 from .host import lay_host
+from .kept import KeptForms, make_closed_form_measure
 from .logs import estimate_log_bytes
 from .memory import Estimator, Memory
 from .run_time import count_evaluations
@@ -163,21 +172,28 @@ class PlanInputs:
 
 
 def make_plan(
-    inputs: PlanInputs, measure: Measure | None = None, clock: Clock | None = None, *, with_reasons: bool = True
+    inputs: PlanInputs,
+    measure: Measure | None = None,
+    clock: Clock | None = None,
+    *,
+    with_reasons: bool = True,
+    kept: KeptForms | None = None,
 ) -> Plan:
     """The fastest plan of the first preferred method that fits; where none fits, the candidate that comes closest.
 
     measure: memory from a rehearsal of the step; None for closed forms
     clock:   step times on rows like the dataset's, from a rehearsal or measured; None for closed forms
     with_reasons: whether `rejected` and `advice` are made too, which takes longer than the choice itself
+    kept: closed forms of this model and these rows, for many plans
 
     Raises PlanError for a recipe that no strategy can follow, such as fp16 weights on a CPU.
     """
     recipe, device, shape = inputs.recipe_file.recipe, inputs.device, inputs.shape
     _check_length(recipe, shape)
     length = inputs.data.longest_row_tokens
-    timer = make_timer(inputs, clock)
-    quick = _complete(make_closed_form_measure(shape, device, length, merge=recipe.output.merge), inputs, timer)
+    timer = make_timer(inputs, clock, kept=kept)
+    closed_forms = make_closed_form_measure(shape, device, length, merge=recipe.output.merge, kept=kept)
+    quick = _complete(closed_forms, inputs, timer)
     exact = None if measure is None else _complete(measure, inputs, timer)
     if inputs.like is None:
         methods = walk_methods(recipe, device, shape)
@@ -187,13 +203,13 @@ def make_plan(
     return _write_plan(inputs, found, timer, with_reasons=with_reasons)
 
 
-def make_timer(inputs: PlanInputs, clock: Clock | None) -> Timer:
-    """What candidates are timed by; clock: a rehearsal's, None for closed forms alone."""
+def make_timer(inputs: PlanInputs, clock: Clock | None, *, kept: KeptForms | None = None) -> Timer:
+    """What candidates are timed by; clock: a rehearsal's, None for closed forms alone; kept: as in make_plan."""
     recipe, shape = inputs.recipe_file.recipe, inputs.shape
     return Timer(
         recipe,
         inputs.device,
-        quick=make_row_clock(shape, inputs.device, inputs.data),
+        quick=make_row_clock(shape, inputs.device, inputs.data, kept=kept),
         exact=clock,
         steps=count_planned_steps(recipe, inputs.data.rows),
         weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
@@ -201,27 +217,16 @@ def make_timer(inputs: PlanInputs, clock: Clock | None) -> Timer:
     )
 
 
-def make_closed_form_measure(shape: ModelShape, device: Device, sequence_length: int, *, merge: bool) -> Measure:
-    """The planner's own estimate as a measuring function."""
-
-    @cache
-    def measure(strategy: Strategy) -> Memory:
-        return estimate_memory(shape, strategy, device, sequence_length=sequence_length, merge=merge)
-
-    return measure
-
-
 def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
-    """The measure, with RAM and files by phase."""
+    """The measure, with RAM and files by phase, each strategy once."""
     recipe, shape, length = inputs.recipe_file.recipe, inputs.shape, inputs.data.longest_row_tokens
     steps = count_planned_steps(recipe, inputs.data.rows)
     counts = list_checkpoint_counts(recipe.output, steps, count_evaluations(recipe, steps))
     beside_bytes = estimate_beside_weights(shape.vocab_size, inputs.tokenizer_bytes)
 
+    @cache
     def complete(strategy: Strategy) -> Memory:
-        weights = None if inputs.files_of is None else inputs.files_of(strategy)
-        if weights is None:
-            weights = estimate_weight_files(shape, strategy, merge=recipe.output.merge)
+        weights = _weigh_files(inputs, strategy)
         log_bytes = estimate_log_bytes(inputs.device, steps=steps, seconds=timer.find_run_seconds(strategy))
         options = [
             RunFiles(weights=weights, beside_bytes=beside_bytes, checkpoints=kept, at_once=at_once, log_bytes=log_bytes)
@@ -242,6 +247,12 @@ def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
     return complete
 
 
+def _weigh_files(inputs: PlanInputs, strategy: Strategy) -> WeightFiles:
+    """The weights that a run writes: exactly where they can be had, else by closed forms."""
+    weights = None if inputs.files_of is None else inputs.files_of(strategy)
+    return weights or estimate_weight_files(inputs.shape, strategy, merge=inputs.recipe_file.recipe.output.merge)
+
+
 def _choose_files(options: list[RunFiles], device: Device) -> RunFiles:
     """The first that the disk has room for, else the smallest."""
     disk = device.disk_bytes
@@ -259,7 +270,8 @@ def _check_length(recipe: Recipe, shape: ModelShape) -> None:
 
 def _write_plan(inputs: PlanInputs, found: Found, timer: Timer, *, with_reasons: bool) -> Plan:
     recipe_file, shape, strategy = inputs.recipe_file, inputs.shape, found.closest.strategy
-    recipe, data, memory = recipe_file.recipe, inputs.data, found.closest.memory
+    recipe, data = recipe_file.recipe, inputs.data
+    memory = found.closest.memory
     losers = tuple(_reject(one, inputs, timer) for one in found.rejected) if with_reasons else ()
     speed = timer.make_speed(strategy, found.closest.time, memory)
     advice: tuple[str, ...] = ()

@@ -6,7 +6,8 @@ Closed forms make all of them at once; then they are made again one by one with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,8 +17,9 @@ from ..recipes.errors import FituneError
 from ..recipes.schema import BudgetTable
 from .catalog import CatalogGpu, list_gpus, list_models, make_catalog_device
 from .clock import Clock
+from .kept import KeptForms, make_closed_form_measure
 from .memory import Estimator
-from .plan import Plan, PlanInputs, make_closed_form_measure, make_plan
+from .plan import Plan, PlanInputs, make_plan
 from .search import UNSURE_SHARE, Measure, list_budgets
 from .shape import ModelShape, make_shape
 from .strategy import DataFacts, Device, Strategy, Value
@@ -132,6 +134,14 @@ class Case:
 class Rehearser(Protocol):
     """Rehearsals for the cases of a view, for as long as there is time."""
 
+    def plan_each(
+        self, cases: Sequence[Case], groups: Sequence[Sequence[int]], plan: Callable[[int], Plan | FituneError]
+    ) -> Iterator[tuple[int, Plan | FituneError]]:
+        """(number, plan) of as many cases as there is time for, in any order; those of a group before the next one's.
+
+        groups: numbers of cases
+        """
+
     def may_go_on(self, case: Case, *, done: int, total: int | None) -> bool:
         """Whether there is time for one more case; tells a person that it is the next one.
 
@@ -145,19 +155,27 @@ class Rehearser(Protocol):
 def plan_cases(cases: Sequence[Case], rehearser: Rehearser | None) -> list[Plan | FituneError]:
     """Each case's plan, or why it has none: by closed forms, then as many as there is time for by rehearsals, those
     first whose verdict is open."""
-    plans = [_plan(case) for case in cases]
+    kept: dict[tuple[str, DataFacts, bool], KeptForms] = defaultdict(KeptForms)
+    plans = [_plan(case, kept=kept[_find_key(case)]) for case in cases]
     if rehearser is None:
         return plans
-    waiting = sorted(
-        (_rank(plan), number)
-        for number, plan in enumerate(plans)
-        if isinstance(plan, Plan) and plan.device.kind == "cuda"
-    )
-    for done, (_, number) in enumerate(waiting):
-        if not rehearser.may_go_on(cases[number], done=done, total=len(waiting)):
-            break
-        plans[number] = _plan(cases[number], rehearser)
+    groups: tuple[list[int], ...] = ([], [], [])
+    for number, plan in enumerate(plans):
+        if isinstance(plan, Plan) and plan.device.kind == "cuda":
+            groups[_rank(plan)].append(number)
+
+    def plan_exactly(number: int) -> Plan | FituneError:
+        return _plan(cases[number], rehearser, kept=kept[_find_key(cases[number])])
+
+    for number, exact in rehearser.plan_each(cases, groups, plan_exactly):
+        plans[number] = exact
     return plans
+
+
+def _find_key(case: Case) -> tuple[str, DataFacts, bool]:
+    """What closed forms depend on beside strategy and device."""
+    inputs = case.inputs
+    return inputs.config_sha256, inputs.data, inputs.recipe_file.recipe.output.merge
 
 
 def _rank(plan: Plan) -> int:
@@ -170,10 +188,10 @@ def _may_fit(plan: Plan) -> bool:
     return plan.fits or plan.memory.peak_device_bytes * (1 - UNSURE_SHARE) <= plan.memory.budget_bytes
 
 
-def _plan(case: Case, rehearser: Rehearser | None = None) -> Plan | FituneError:
+def _plan(case: Case, rehearser: Rehearser | None = None, *, kept: KeptForms | None = None) -> Plan | FituneError:
     measure, clock = (None, None) if rehearser is None else rehearser.rehearse(case)
     try:
-        return make_plan(case.inputs, measure, clock, with_reasons=False)
+        return make_plan(case.inputs, measure, clock, with_reasons=False, kept=kept)
     except FituneError as error:
         return error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,9 +14,11 @@ from rich.console import Console
 from rich.status import Status
 
 from ..planner.clock import Clock, fit_to_rows, make_row_clock
-from ..planner.plan import PlanInputs, count_planned_steps
+from ..planner.plan import Plan, PlanInputs, count_planned_steps
 from ..planner.search import Measure
 from ..planner.views import Case
+from ..recipes.errors import FituneError
+from .parallel import count_processes, run_each
 
 if TYPE_CHECKING:
     from .rehearsal.evaluation import Passes
@@ -94,6 +98,27 @@ class TimedRehearser:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._status is not None:
             self._status.stop()
+
+    def plan_each(
+        self, cases: Sequence[Case], groups: Sequence[Sequence[int]], plan: Callable[[int], Plan | FituneError]
+    ) -> Iterator[tuple[int, Plan | FituneError]]:
+        """See planner.views.Rehearser; several at a time where the CPU has the cores."""
+        numbers, total = count(), sum(map(len, groups))
+        processes = count_processes(total) if self._can_rehearse() else 1
+
+        def may_start(number: int) -> bool:
+            return self.may_go_on(cases[number], done=next(numbers), total=total)
+
+        return run_each(groups, plan, may_start=may_start, processes=processes)
+
+    @staticmethod
+    def _can_rehearse() -> bool:
+        """Whether there is torch; it is imported here, once for all processes."""
+        with contextlib.suppress(ImportError):
+            from .rehearsal import measure  # noqa: F401
+
+            return True
+        return False
 
     def may_go_on(self, case: Case, *, done: int, total: int | None) -> bool:
         """See planner.views.Rehearser; time counts from the first call."""

@@ -23,6 +23,7 @@ from .fused_adapters import fuse_adapters
 from .kernels import use_liger_kernels
 from .linear_4bit import make_compilable
 from .linear_float8 import use_float8
+from .parts import find_layers
 
 RECOMPILE_LIMIT = 64
 """Graphs of one layer class. Beyond it torch runs the layer eagerly, in more memory than was planned: PyTorch's 8 are
@@ -222,8 +223,26 @@ def find_target_modules(base: Any, strategy: Strategy) -> str | list[str]:
     try:
         return list(make_shape(base.config.to_dict()).lora_target_names(targets))
     except ModelError:
-        head = base.get_output_embeddings()
-        return [name for name, module in base.named_modules() if is_adaptable(module) and module is not head]
+        head, taken = base.get_output_embeddings(), list_expert_names(base)
+        return [
+            name
+            for name, module in base.named_modules()
+            if is_adaptable(module) and module is not head and name.rsplit(".", 1)[-1] not in taken
+        ]
+
+
+def list_expert_names(base: Any) -> frozenset[str]:
+    """Names of linear layers that peft takes for those of a mixture's experts, wherever they are.
+
+    peft 0.21 knows checkpoints of transformers 4, whose experts were linear layers, by these names, and adapts the
+    fused experts of transformers 5 in their place: for DeepSeek-V2-Lite a rank of 16 is 1.3 GiB of adapters, and every
+    forward rebuilds every expert's weight. So dense layers and shared experts of such models get none.
+    """
+    from peft.utils import transformers_weight_conversion
+
+    conversion: Any = transformers_weight_conversion
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(base.config.model_type)
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -300,10 +319,3 @@ def checkpoint_layers(base: Any, count: int, *, save_attention: bool = False) ->
                 "use true or false"
             )
         cast(Any, layer).gradient_checkpointing = False
-
-
-def find_layers(base: Any) -> nn.ModuleList:
-    """The decoder layers: the longest ModuleList of the model."""
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    assert lists, "a causal language model has a list of layers"
-    return max(lists, key=len)

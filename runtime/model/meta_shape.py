@@ -18,7 +18,8 @@ from ...planner.quantized import is_stored_in_4bit
 from ...planner.shape import BlockShape, LinearShape, ModelShape
 from ...recipes.errors import ModelError
 from ..quiet import quiet_libraries
-from .build import find_layers, is_adaptable
+from .build import is_adaptable, list_expert_names
+from .parts import find_layers
 
 REQUIRED = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_dim")
 """Keys that no model is without where its config has them."""
@@ -103,7 +104,8 @@ def _read_count(text: Any, *names: str) -> int | None:
 
 def _read_shape(model: Any, text: Any) -> ModelShape:
     layers = find_layers(model)
-    blocks = Counter(_read_block(layer) for layer in layers)
+    taken = list_expert_names(model)
+    blocks = Counter(_read_block(layer, taken) for layer in layers)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
     inside = sum(block.parameters * count for block, count in blocks.items())
@@ -112,7 +114,7 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
     hidden = int(embeddings.weight.shape[1])
     heads = _read_count(text, "num_attention_heads") or 1
     names = [name for name, _ in layers[0].named_modules()]
-    rms = any("rms" in type(module).__name__.lower() for module in layers[0].modules())
+    widens = any(isinstance(module, nn.LayerNorm) for module in layers[0].modules())
     return ModelShape(
         model_type=text.model_type,
         hidden_size=hidden,
@@ -133,7 +135,7 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
         tied=tied,
         gated_mlp=any("gate" in name for name in names),
         activation=str(_read(text, "hidden_act") or "silu"),
-        norm="rmsnorm" if rms else "layernorm",
+        norm="layernorm" if widens else "rmsnorm",
         norms_per_block=sum(1 for name in names if "norm" in name.rsplit(".", 1)[-1] and "." not in name) or 2,
         qk_norm=any(name.endswith(("q_norm", "k_norm")) for name in names),
         experts=_read_count(text, "num_local_experts", "num_experts"),
@@ -151,8 +153,8 @@ def _read_shape(model: Any, text: Any) -> ModelShape:
     )
 
 
-def _read_block(layer: nn.Module) -> BlockShape:
-    """One decoder layer: its linear layers, 3-D expert weights, and the rest."""
+def _read_block(layer: nn.Module, taken: frozenset[str]) -> BlockShape:
+    """One decoder layer: its linear layers, 3-D expert weights, and the rest; taken: names that get no adapter."""
     linears, seen = [], set()
     for path, module in layer.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and is_adaptable(module):
@@ -166,6 +168,8 @@ def _read_block(layer: nn.Module) -> BlockShape:
                     bias=module.bias is not None,
                     conv1d=isinstance(module, Conv1D),
                     parent=parent or None,
+                    is_packed=type(module) is nn.Linear or isinstance(module, Conv1D),
+                    is_adapted=name not in taken,
                 )
             )
             seen |= {id(parameter) for parameter in module.parameters()}

@@ -46,9 +46,9 @@ EMBEDDING_INDEX_BUFFERS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class CudaCard:
-    """What of a card decides what its kernels allocate.
+    """What of a card decides what is allocated on it.
 
-    major: compute capability before the point; 9 stands for all later ones, whose kernels allocate alike
+    major: compute capability before the point; 9 stands for all later ones, which allocate alike
     """
 
     major: int = 9
@@ -61,19 +61,20 @@ class CudaCard:
         """
         return 4096 * 8 * 1024 if self.major >= 9 else 4096 * 2 * 1024 + 16 * 8 * 1024
 
-    def temporaries(self, func: Any, args: Any) -> tuple[int, ...]:
-        """Bytes that an operation's CUDA kernel allocates beside its results and frees."""
-        if func.name() == FUSED_4BIT:
-            return _gemm_4bit_temporaries(*args)
-        if func.name() == "fitune::dequantize_4bit":
-            return _constants(args[2])
-        if func.name() == "fitune::multiply_float8":
-            return (args[2].nbytes,)
-        if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
-            return flash_backward_temporaries(*args[1:3])
-        if func is torch.ops.aten.embedding_dense_backward.default:
-            return _embedding_temporaries(*args)
-        return ()
+
+def list_temporaries(func: Any, args: Any) -> tuple[int, ...]:
+    """Bytes that an operation's CUDA kernel allocates beside its results and frees."""
+    if func.name() == FUSED_4BIT:
+        return _gemm_4bit_temporaries(*args)
+    if func.name() == "fitune::dequantize_4bit":
+        return _constants(args[2])
+    if func.name() == "fitune::multiply_float8":
+        return (args[2].nbytes,)
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
+        return flash_backward_temporaries(*args[1:3])
+    if func is torch.ops.aten.embedding_dense_backward.default:
+        return _embedding_temporaries(*args)
+    return ()
 
 
 def _gemm_4bit_temporaries(

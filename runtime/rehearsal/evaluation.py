@@ -12,7 +12,7 @@ from ...planner.strategy import Strategy
 from ..training.evaluate import sum_losses
 from ..training.step import autocast
 from .cost import kept_ledger
-from .cuda import CudaCard, cuda_semantics
+from .cuda import cuda_semantics, list_temporaries
 from .fakes import list_slots
 from .kernels import noted_launches
 from .model import RehearsalModel
@@ -43,7 +43,7 @@ Answers = dict[Hashable, Recording | None]
 
 
 def record_passes(
-    model: RehearsalModel, strategy: Strategy, card: CudaCard, passes: Passes, answers: Answers, *, sequence_length: int
+    model: RehearsalModel, strategy: Strategy, passes: Passes, answers: Answers, *, sequence_length: int
 ) -> tuple[Recording | None, Recording | None]:
     """The evaluation of rows and the answer, each of `sequence_length` tokens; None for what the run does not do.
 
@@ -54,21 +54,21 @@ def record_passes(
     evaluation = answer = None
     model.model.eval()
     if passes.evaluates:
-        evaluation = _record(model, strategy, card, lambda: _evaluate(model, strategy, sequence_length))
+        evaluation = _record(model, strategy, lambda: _evaluate(model, strategy, sequence_length))
     if passes.answers:
         alike = strategy.model_copy(update={"micro_batch_size": 1, "loss_head": "full", "checkpointed_layers": 0})
-        key = alike, model.sketch, card, sequence_length
+        key = alike, model.sketch, sequence_length
         if key not in answers:
             answers[key] = None
             with contextlib.suppress(*UNTRACEABLE):
-                answers[key] = _record(model, strategy, card, lambda: _answer(model, strategy, sequence_length))
+                answers[key] = _record(model, strategy, lambda: _answer(model, strategy, sequence_length))
         answer = answers[key]
     model.model.train()
     return evaluation, answer
 
 
-def _record(model: RehearsalModel, strategy: Strategy, card: CudaCard, run: Callable[[], None]) -> Recording:
-    watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
+def _record(model: RehearsalModel, strategy: Strategy, run: Callable[[], None]) -> Recording:
+    watch = StorageWatch(temporaries=list_temporaries)
     launches = noted_launches(watch.ledger, strategy)
     with watch, cuda_semantics(), kept_ledger(watch.ledger), launches, marked_sections(model, watch, "evaluate"):
         watch.enter("build", "weights")

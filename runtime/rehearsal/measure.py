@@ -88,7 +88,7 @@ def _measure(
     memory = _summarise(replay, traced, strategy, device, quick, merge=merge)
     if strategy.expandable_segments or memory.required_bytes > memory.budget_bytes:
         return memory
-    others = [run(order=order) for order in SEGMENT_ORDERS[1:]]
+    others = [run(order=order, watches=False) for order in SEGMENT_ORDERS[1:]]
     unsure_bytes = count_unsure([one.allocator.peak_reserved_bytes for one in (replay, *others)])
     return memory.model_copy(update={"required_bytes": _require(memory.peak_device_bytes + unsure_bytes)})
 
@@ -100,13 +100,16 @@ def _replay_within(
     *,
     order: SegmentOrder = SEGMENT_ORDERS[0],
     as_measured: bool = False,
+    watches: bool = True,
 ) -> Replay:
     """replay_run, once for all cards whose memory it never meets the end of."""
     key = strategy, order, as_measured
     known = traced.replays.get(key)
     if known is not None and known.allocator.peak_reserved_bytes <= limit_bytes:
         return known
-    replay = replay_run(traced, strategy, limit_bytes=limit_bytes, order=order, as_measured=as_measured)
+    replay = replay_run(
+        traced, strategy, limit_bytes=limit_bytes, order=order, as_measured=as_measured, watches=watches
+    )
     if not replay.allocator.retries:
         traced.replays[key] = replay
     return replay
@@ -212,10 +215,14 @@ def replay_run(
     limit_bytes: int | None,
     order: SegmentOrder = SEGMENT_ORDERS[0],
     as_measured: bool = False,
+    watches: bool = True,
 ) -> Replay:
-    """A run through the allocator: loading, what it evaluates and answers before and after STEPS steps, saving."""
+    """A run through the allocator: loading, what it evaluates and answers before and after STEPS steps, saving.
+
+    watches: as in Replay
+    """
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable=strategy.expandable_segments, order=order)
-    replay = Replay(allocator)
+    replay = Replay(allocator, watches=watches)
     load = replay_measured_loading if as_measured else replay_loading
     load(replay, traced.model, strategy)
     replay_adapters(replay, traced.model)

@@ -15,13 +15,13 @@ from ...planner.strategy import Strategy
 from ...recipes.errors import ModelError
 from ..model.build import (
     add_adapters,
-    find_layers,
     keep_cpu_weights_trainable,
     make_quantization,
     name_attention,
     prepare_training,
 )
 from ..model.linear_float8 import find_convertible
+from ..model.parts import find_layers
 from ..quiet import quiet_libraries
 from ..training.step import TORCH_DTYPES
 from .cut import Cut, plan_cut

@@ -26,12 +26,13 @@ class PhasePeak:
 class Replay:
     """Feeds an allocator and remembers each phase's peak.
 
+    watches:       whether peaks and logs are kept of what is played; without them the allocator's own are left
     managed_bytes: beside the allocator, in managed memory
     step_logs:     of the step with the highest peak: its first micro-batch, the highest of the others, the update
     """
 
-    def __init__(self, allocator: CachingAllocator) -> None:
-        self.allocator = allocator
+    def __init__(self, allocator: CachingAllocator, *, watches: bool = True) -> None:
+        self.allocator, self._watches = allocator, watches
         self.peaks: dict[str, PhasePeak] = {}
         self.managed_bytes = 0
         self.step_logs: list[EventLog] = []
@@ -96,6 +97,9 @@ class Replay:
 
         update: replays an update in backward
         """
+        if not self._watches:
+            self._play_unwatched(events, recording, update)
+            return
         sizes, components, played, totals = recording.sizes, recording.components, self._played, self._totals
         allocator, peak, add, updates = self.allocator, self._peak, self._log.add, recording.updates
         for event in events:
@@ -116,6 +120,23 @@ class Replay:
                 totals[component] -= block.size_bytes
                 add(component, -block.size_bytes)
                 allocator.free(block)
+
+    def _play_unwatched(
+        self, events: Iterable[int], recording: Recording, update: Callable[[Sequence[TensorSpec]], None]
+    ) -> None:
+        """play(), for the allocator's sake alone."""
+        sizes, played, updates = recording.sizes, self._played, recording.updates
+        allocate, free = self.allocator.allocate, self.allocator.free
+        for event in events:
+            if updates and event in updates:
+                update(updates[event])
+            elif event >= FIRST_STORAGE:
+                played[event] = allocate(sizes[event])
+            elif event >= 0:
+                if event not in self._live:
+                    self.allocate(event, sizes[event], recording.components[event])
+            elif ~event in played:
+                free(played.pop(~event))
 
     def end_play(self, recording: Recording) -> None:
         """Free what is left of a recording, as setting gradients to None does."""

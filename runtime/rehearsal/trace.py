@@ -17,6 +17,7 @@ from ...planner.allocator import SegmentOrder
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
 from ..data.batches import STARTS_MULTIPLE, count_starts
+from ..model.parts import find_decoder
 from ..training.in_backward import UpdatesInBackward
 from ..training.losses import compute_loss
 from ..training.offload import OffloadHooks, offload_decoder
@@ -24,7 +25,7 @@ from ..training.step import autocast, recomputation, uncast_adapter_inputs
 from .attention import known_documents
 from .compile import compiled_layers
 from .cost import Operation, current_ledger, kept_ledger
-from .cuda import CudaCard, cuda_semantics
+from .cuda import CudaCard, cuda_semantics, list_temporaries
 from .cut import no_cut, plan_cut
 from .evaluation import NO_PASSES, UNTRACEABLE, Answers, Passes, record_passes
 from .fakes import make_fakes
@@ -64,6 +65,16 @@ class TracedStep:
     evaluation: TracedPass | None = None
     answer: TracedPass | None = None
 
+    def on(self, card: CudaCard) -> TracedStep:
+        """The same step on this card."""
+        return replace(
+            self,
+            recording=self.recording.with_workspace(card.workspace_bytes),
+            replays={},
+            evaluation=None if self.evaluation is None else self.evaluation.on(card),
+            answer=None if self.answer is None else self.answer.on(card),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TracedPass:
@@ -71,6 +82,10 @@ class TracedPass:
 
     recording: Recording
     segments: list[Segment]
+
+    def on(self, card: CudaCard) -> TracedPass:
+        """The same on this card."""
+        return replace(self, recording=self.recording.with_workspace(card.workspace_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +132,7 @@ class RecordedStep:
 
 
 class Traces:
-    """The traced steps of one model on rows of one length, for all cards and budgets.
+    """The traced steps of one model on rows of one length, for all cards and budgets: cards differ in sizes alone.
 
     One recording serves all strategies that differ only in how often the recorded layers occur, or in what is replayed
     afterwards: the update, and the number of micro-batches.
@@ -137,8 +152,9 @@ class Traces:
         self.config, self.sequence_length = dict(config), sequence_length
         self._passes, self._answers = passes, Answers()
         self._documents_per_row = documents_per_row or ceil(sequence_length / SHORT_DOCUMENT_TOKENS)
-        self._traced: dict[tuple[CudaCard, Strategy], TracedStep] = {}
-        self._recorded: dict[tuple[CudaCard, Strategy], list[RecordedStep]] = defaultdict(list)
+        self._traced: dict[Strategy, TracedStep] = {}
+        self._on_cards: dict[tuple[CudaCard, Strategy], TracedStep] = {}
+        self._recorded: dict[Strategy, list[RecordedStep]] = defaultdict(list)
 
     def find(self, strategy: Strategy, card: CudaCard) -> TracedStep:
         """The strategy's step on a card."""
@@ -152,32 +168,32 @@ class Traces:
                 "gradient_accumulation_steps": min(2, strategy.gradient_accumulation_steps),
             }
         )
-        if (card, step) not in self._traced:
-            self._traced[card, step] = self._trace(step, card)
-        return self._traced[card, step]
+        if (card, step) not in self._on_cards:
+            if step not in self._traced:
+                self._traced[step] = self._trace(step)
+            self._on_cards[card, step] = self._traced[step].on(card)
+        return self._on_cards[card, step]
 
-    def _trace(self, step: Strategy, card: CudaCard) -> TracedStep:
+    def _trace(self, step: Strategy) -> TracedStep:
         documents = count_starts(step.micro_batch_size * self._documents_per_row) - 1
         with known_documents(documents if step.attention == "varlen" else None):
-            return self._extend(step, card)
+            return self._extend(step)
 
-    def _extend(self, step: Strategy, card: CudaCard) -> TracedStep:
-        recorded = self._recorded[card, step.model_copy(update={"checkpointed_layers": 0})]
+    def _extend(self, step: Strategy) -> TracedStep:
+        recorded = self._recorded[step.model_copy(update={"checkpointed_layers": 0})]
         for one in recorded:
             model = one.model.find_like(step)
             if model is not None:
                 return replace(one, model=model).extend()
-        recorded.append(self._record(step, card))
+        recorded.append(self._record(step))
         try:
             return recorded[-1].extend()
         except NotPeriodic:
-            return self._record(step, card, cut=False).extend()
+            return self._record(step, cut=False).extend()
 
-    def _record(self, step: Strategy, card: CudaCard, *, cut: bool = True) -> RecordedStep:
+    def _record(self, step: Strategy, *, cut: bool = True) -> RecordedStep:
         length, passes = self.sequence_length, self._passes
-        return record_step(
-            self.config, step, card, sequence_length=length, cut=cut, passes=passes, answers=self._answers
-        )
+        return record_step(self.config, step, sequence_length=length, cut=cut, passes=passes, answers=self._answers)
 
 
 def trace_step(
@@ -190,7 +206,6 @@ def trace_step(
 def record_step(
     config: dict[str, Any],
     strategy: Strategy,
-    card: CudaCard,
     *,
     sequence_length: int,
     cut: bool = True,
@@ -206,8 +221,8 @@ def record_step(
     with _trace_errors(config["model_type"]):
         model = build_rehearsal_model(config, strategy, plan=plan_cut if cut else no_cut)
     with _trace_errors(type(model.base).__name__), FakeTensorMode(allow_non_fake_inputs=True):
-        watch, micro_batches = _record(model, strategy, card, sequence_length)
-        evaluation, answer = record_passes(model, strategy, card, passes, answers, sequence_length=sequence_length)
+        watch, micro_batches = _record(model, strategy, sequence_length)
+        evaluation, answer = record_passes(model, strategy, passes, answers, sequence_length=sequence_length)
     return RecordedStep(
         model=model,
         recording=watch.recording,
@@ -226,11 +241,9 @@ def _trace_errors(name: str) -> Iterator[None]:
         raise TraceError(f"config.json: {name} cannot be rehearsed: {type(error).__name__}: {error}") from error
 
 
-def _record(
-    model: RehearsalModel, strategy: Strategy, card: CudaCard, sequence_length: int
-) -> tuple[StorageWatch, int]:
+def _record(model: RehearsalModel, strategy: Strategy, sequence_length: int) -> tuple[StorageWatch, int]:
     """One micro-batch, or two where gradients accumulate."""
-    watch = StorageWatch(workspace_bytes=card.workspace_bytes, temporaries=card.temporaries)
+    watch = StorageWatch(temporaries=list_temporaries)
     micro_batches = min(2, strategy.gradient_accumulation_steps)
     with (
         watch,
@@ -307,7 +320,7 @@ def _note_transfer(flat: Tensor) -> None:
 def _offload(model: RehearsalModel, strategy: Strategy) -> contextlib.AbstractContextManager[None]:
     if not strategy.activation_offload:
         return contextlib.nullcontext()
-    return offload_decoder(model.base.base_model, _VanishingCopies(model.base, torch.device("cpu")))
+    return offload_decoder(find_decoder(model.base), _VanishingCopies(model.base, torch.device("cpu")))
 
 
 def run_backward(loss: Tensor) -> None:

@@ -77,6 +77,10 @@ class Recording:
         """One that storages can be added to."""
         return replace(self, sizes=[*self.sizes], components=[*self.components], updates=dict(self.updates))
 
+    def with_workspace(self, size_bytes: int) -> Recording:
+        """The same on a card whose cuBLAS takes so much, of which nothing else that is recorded depends."""
+        return replace(self, sizes=[size_bytes, size_bytes, *self.sizes[2:]])
+
 
 class _Storage:
     """A live storage: its number, and the weak reference whose callback reports its end."""
@@ -91,13 +95,15 @@ class _Storage:
 class StorageWatch(TorchDispatchMode):
     """Records every storage that an operation makes, and when it dies.
 
-    workspace_bytes: cuBLAS's workspace, allocated at a thread's first matrix product and kept
-    temporaries:     sizes of what an operation's CUDA kernel allocates beside its results and frees
+    cuBLAS's workspaces, allocated at a thread's first matrix product and kept, get their size from the card that a
+    recording is used for (`Recording.with_workspace`).
+
+    temporaries: sizes of what an operation's CUDA kernel allocates beside its results and frees
     """
 
-    def __init__(self, *, workspace_bytes: int, temporaries: Callable[[Any, Any], tuple[int, ...]]) -> None:
+    def __init__(self, *, temporaries: Callable[[Any, Any], tuple[int, ...]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        sizes = [workspace_bytes, workspace_bytes, LT_WORKSPACE_BYTES, LT_WORKSPACE_BYTES]
+        sizes = [0, 0, LT_WORKSPACE_BYTES, LT_WORKSPACE_BYTES]
         self.recording = Recording(sizes=sizes, components=["temporary"] * len(WORKSPACES))
         self.component = "weights"
         self.backward = False

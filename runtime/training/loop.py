@@ -15,7 +15,8 @@ from ...planner.plan import Plan
 from ...recipes.errors import RunError
 from ..data.batches import BatchesAhead, GlobalBatch, count_steps, iterate_batches
 from ..machine.samples import MonitorSummary
-from ..model.build import BuiltModel, find_layers
+from ..model.build import BuiltModel
+from ..model.parts import find_layers
 from .in_backward import UpdatesInBackward
 from .live import LiveLine
 from .meter import Meter

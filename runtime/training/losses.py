@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...recipes.errors import RunError
 from ..model.attention import known_packing, list_document_inputs
+from ..model.parts import find_decoder
 
 CHUNK_ROWS = 1024
 """Tokens whose logits exist at one time under the chunked and the fused head."""
@@ -50,7 +51,7 @@ def compute_loss(
     with known_packing(position_ids is not None):
         if loss_head == "full":
             return model(**inputs, labels=labels, num_items_in_batch=tokens).loss  # type: ignore[no-any-return]
-        hidden = base.base_model(**inputs).last_hidden_state
+        hidden = find_decoder(base)(**inputs).last_hidden_state
     head, transform = base.get_output_embeddings(), make_logit_transform(base.config.get_text_config())
     if loss_head == "fused" and torch.is_grad_enabled():
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -132,6 +133,7 @@ def _accumulate(
             _add_product(to_weight, gradient.t(), part * trained)
         if to_bias is not None:
             to_bias += (trained.t() @ gradient).squeeze(0)
+        del gradient  # it would be there beside the next chunk's logits
     ctx.save_for_backward(to_hidden, to_weight, to_bias)
     return total
 

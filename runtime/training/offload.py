@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ...planner.activations import OFFLOAD_BLOCK_BYTES
 from ...planner.strategy import Strategy
+from ..model.parts import find_decoder
 
 SMALLEST_BYTES = 4096
 """Smaller tensors, such as dropout's seeds, stay on the device: moving them costs more than it saves."""
@@ -45,7 +46,7 @@ def offload_activations(base: Any, strategy: Strategy, device: torch.device) -> 
     The loss head is left out: its backward comes next, so a round trip would save nothing.
     """
     if strategy.activation_offload and device.type != "cpu":
-        with offload_decoder(base.base_model, OffloadHooks(base, device)):
+        with offload_decoder(find_decoder(base), OffloadHooks(base, device)):
             yield
     else:
         yield

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from plans import CPU, GiB, find_shape, make_gpu, make_strategy
 
 from fitune.planner.activations import StepShape, estimate_kept_bytes
-from fitune.planner.arithmetic import estimate_gradient_bytes, estimate_optimizer_bytes, estimate_weight_bytes
+from fitune.planner.arithmetic import (
+    estimate_gradient_bytes,
+    estimate_optimizer_bytes,
+    estimate_weight_bytes,
+    list_trainable_tensors,
+)
 from fitune.planner.catalog import list_models
 from fitune.planner.estimate import CUDA_CONTEXT_BYTES, FRAGMENTATION, MARGIN, MARGIN_BYTES, estimate_memory
 from fitune.planner.memory import PHASES, Memory
@@ -272,8 +277,7 @@ def test_expandable_segments_change_nothing_in_the_closed_forms(kind: str) -> No
 def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
     name: str, optimizer: str, checkpointed: int, length: int, kind: str
 ) -> None:
-    # whose buffers come while activations are there, as those of bitsandbytes do on a CPU
-    assume(optimizer != "adafactor" and (kind == "cuda" or optimizer == "adamw"))
+    assume(kind == "cuda" or optimizer in ("adamw", "adafactor"))  # bitsandbytes' buffers on a CPU come early, too
     plain, early = (
         estimate(
             name,
@@ -289,7 +293,10 @@ def test_updates_in_backward_never_need_more_and_leave_two_phases_out(
         )
         for on in (False, True)
     )
-    assert early.peak_allocated_bytes <= plain.peak_allocated_bytes
+    # Adafactor's update and its square, in fp32, come while activations are there.
+    largest = max(size for size, _ in list_trainable_tensors(find_shape(name), make_strategy("full")))
+    buffers = 8 * largest if optimizer == "adafactor" else 0
+    assert early.peak_allocated_bytes <= plain.peak_allocated_bytes + buffers
     assert [phase.name for phase in plain.phases if phase.name not in ("clip", "optimizer")] == [
         phase.name for phase in early.phases
     ]

@@ -16,8 +16,9 @@ from fitune.planner.candidates import is_rounded, list_strategies
 from fitune.planner.catalog import list_gpus, list_models
 from fitune.planner.clock import make_closed_form_clock
 from fitune.planner.estimate import estimate_memory
+from fitune.planner.kept import make_closed_form_measure
 from fitune.planner.memory import PHASES, Components
-from fitune.planner.plan import Plan, list_budgets, make_closed_form_measure, make_plan
+from fitune.planner.plan import Plan, list_budgets, make_plan
 from fitune.planner.search import TIE_SHARE
 from fitune.planner.strategy import Device, Strategy
 from fitune.recipes.errors import FituneError, PlanError
@@ -471,7 +472,8 @@ def test_where_the_gradients_are_too_much_the_optimizer_in_backward_is_advised()
 
 @pytest.mark.parametrize("gib", [24, 28, 32, 40, 44, 60])
 def test_smaller_optimizer_states_are_taken_where_the_room_that_they_leave_makes_the_plan_faster(gib: int) -> None:
-    """The fastest wins; of equally fast ones, which are within 2 %, the more exact states."""
+    """The fastest wins; of equally fast ones, which are within 2 %, the more exact states. An 8-bit update takes the
+    card longer than a fused one, so that few checkpointed layers less are not worth it."""
     device = H100.model_copy(update={"budget_bytes": gib * GiB})
 
     def plan_with(optimizer: str) -> Plan:
@@ -481,6 +483,7 @@ def test_smaller_optimizer_states_are_taken_where_the_room_that_they_leave_makes
 
     exact, narrow, auto = (plan_with(name) for name in ("adamw", "adamw_8bit", "auto"))
     seconds = [plan.speed.step_seconds for plan in (exact, narrow) if plan.fits and plan.speed is not None]
+    assert narrow.strategy.checkpointed_layers <= exact.strategy.checkpointed_layers
     wins = exact.fits and seconds[0] <= 1.02 * min(seconds)
     assert auto.fits and auto.strategy == (exact if wins else narrow).strategy
     assert wins == (gib >= 28)

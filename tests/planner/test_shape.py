@@ -267,7 +267,7 @@ FACTS: list[tuple[str, Callable[[ModelShape], object], object]] = [
     ("llama", lambda s: (s.embedding_dropout, s.attention_dropout, s.residual_dropout), (0.0, 0.0, 0.0)),
     ("gemma2", lambda s: (s.logit_softcap, s.attention_softcap, s.logit_scale), (30.0, 50.0, None)),
     ("gemma3_text", lambda s: (s.logit_softcap, s.attention_softcap), (None, None)),
-    ("cohere", lambda s: (s.logit_scale, s.parallel_residual, s.norm), (0.0625, True, "layernorm")),
+    ("cohere", lambda s: (s.logit_scale, s.parallel_residual, s.norm), (0.0625, True, "rmsnorm")),
     ("gpt_neox", lambda s: (s.parallel_residual, s.gated_mlp, s.activation), (True, False, "gelu")),
     ("gemma2", lambda s: (s.gated_mlp, s.activation, s.norms_per_block), (True, "gelu_pytorch_tanh", 4)),
     ("qwen3", lambda s: (s.qk_norm, s.norm, s.head_dim), (True, "rmsnorm", 128)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,8 +16,9 @@ from rich.console import Console
 
 from fitune.planner.catalog import find_gpu, list_gpus, list_models
 from fitune.planner.clock import Clock, make_closed_form_clock
+from fitune.planner.kept import make_closed_form_measure
 from fitune.planner.memory import Memory
-from fitune.planner.plan import Plan, make_closed_form_measure, make_plan
+from fitune.planner.plan import Plan, make_plan
 from fitune.planner.search import Measure
 from fitune.planner.shape import make_shape
 from fitune.planner.show.views import render_cards, render_grid, render_what_fits
@@ -34,7 +35,7 @@ from fitune.planner.views import (
     make_card_device,
     make_cards,
 )
-from fitune.recipes.errors import RecipeError
+from fitune.recipes.errors import FituneError, RecipeError
 from fitune.recipes.schema import BudgetTable
 
 RTX_4090 = make_gpu("RTX 4090")
@@ -171,6 +172,13 @@ class Inexact:
         is_over = self.limit is not None and len(self.names) >= self.limit
         self.names += [] if is_over else [case.name]
         return not is_over
+
+    def plan_each(
+        self, cases: Sequence[Case], groups: Sequence[Sequence[int]], plan: Callable[[int], Plan | FituneError]
+    ) -> Iterator[tuple[int, Plan | FituneError]]:
+        for number in (number for group in groups for number in group):
+            if self.may_go_on(cases[number], done=0, total=None):
+                yield number, plan(number)
 
     def rehearse(self, case: Case) -> tuple[Measure, Clock]:
         inputs = case.inputs

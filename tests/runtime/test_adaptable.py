@@ -72,6 +72,46 @@ def test_the_planner_counts_adapters_of_the_same_layers(config: dict[str, Any]) 
     assert not [name for name in names if name.endswith(("router", "gate"))]
 
 
+DEEPSEEK = {
+    **SMALL,
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def test_where_peft_takes_linear_layers_for_experts_neither_get_adapters() -> None:
+    shape = make_shape_of_model(DEEPSEEK)
+    memory = rehearse(DEEPSEEK, LORA, make_device(), sequence_length=64, merge=False)
+    adapters = 4 * shape.lora_parameters(8, "all-linear")
+    assert adapters <= memory.components.adapters < 1.5 * adapters
+    assert not [name for name in shape.lora_target_names("all-linear") if name.endswith(("gate_proj", "down_proj"))]
+
+
+def test_a_models_own_class_of_linear_layers_is_not_quantised() -> None:
+    falcon = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = make_shape_of_model({**falcon, "vocab_size": 512})
+    assert shape.quantized_parameters == 0
+    strategy = LORA.model_copy(update={"method": "qlora"})
+    memory = rehearse({**falcon, "vocab_size": 512}, strategy, make_device(), sequence_length=64, merge=False)
+    assert memory.components.weights >= 2 * shape.parameters
+
+
+@pytest.mark.parametrize("head", ["full", "chunked", "fused"])
+def test_a_decoder_under_another_name_has_every_loss_head(head: str) -> None:
+    strategy = LORA.model_copy(update={"loss_head": head})
+    assert rehearse(LLAMA4, strategy, make_device(), sequence_length=64, merge=False).estimator == "rehearsal"
+
+
 def test_a_linear_layer_that_returns_no_tensor_is_left_alone() -> None:
     assert not is_adaptable(Router(8, 4))
     assert not is_adaptable(nn.Embedding(8, 4))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fitune.recipes.errors import ModelError
-from fitune.runtime.model.build import BuiltModel, build_model, find_layers
+from fitune.runtime.model.build import BuiltModel, build_model
+from fitune.runtime.model.parts import find_layers
 from fitune.runtime.training.losses import check_loss_head, compute_loss
 from fitune.runtime.training.step import TORCH_DTYPES, autocast
 

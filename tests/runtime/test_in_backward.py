@@ -15,7 +15,8 @@ from small_runs import plan_recipe, read_losses, run_recipe_file, write_recipe
 from torch import Tensor, nn
 
 from fitune.recipes.errors import RunError
-from fitune.runtime.model.build import build_model, find_layers
+from fitune.runtime.model.build import build_model
+from fitune.runtime.model.parts import find_layers
 from fitune.runtime.training.in_backward import UpdatesInBackward, group_parameters
 from fitune.runtime.training.optimizers import make_optimizer
 from fitune.runtime.training.step import MicroBatch, StepResult, make_scaler, training_step

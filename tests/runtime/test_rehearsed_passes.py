@@ -81,7 +81,7 @@ def test_weights_come_and_go_as_in_transformers_own_loading(
     values = dict(config)
     settings = AutoConfig.for_model(values.pop("model_type"), **values)
     quantization = {"quantization_config": make_quantization(strategy)} if method == "qlora" else {}
-    watch = LoadedTensors(workspace_bytes=0, temporaries=lambda *_: ())
+    watch = LoadedTensors(temporaries=lambda *_: ())
     with quiet_libraries():
         AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(tmp_path)
         with watch:
@@ -110,10 +110,10 @@ def test_weights_come_and_go_as_in_transformers_own_loading(
 )
 def test_fakes_are_evaluated_and_answer_as_real_tensors_do(config: dict[str, Any], strategy: Any) -> None:
     config = {**config, ("n_layer" if config is CONV1D else "num_hidden_layers"): 3}
-    recorded = record_step(config, strategy, CudaCard(), sequence_length=256, cut=False, passes=BOTH)
+    recorded = record_step(config, strategy, sequence_length=256, cut=False, passes=BOTH)
     real = build_rehearsal_model(config, strategy, plan=no_cut)
     real.model.to_empty(device=torch.device("cpu"))
-    passes = record_passes(real, strategy, CudaCard(), BOTH, {}, sequence_length=256)
+    passes = record_passes(real, strategy, BOTH, {}, sequence_length=256)
     for fake, own in zip((recorded.evaluation, recorded.answer), passes, strict=True):
         assert fake is not None
         assert own is not None
@@ -189,6 +189,6 @@ def test_an_evaluation_with_ligers_kernels_launches_none_of_them() -> None:
     pytest.importorskip("triton")
     pytest.importorskip("liger_kernel")
     strategy = make_strategy("full", kernels="liger")
-    recorded = record_step(LLAMA, strategy, CudaCard(), sequence_length=256, cut=False, passes=BOTH)
+    recorded = record_step(LLAMA, strategy, sequence_length=256, cut=False, passes=BOTH)
     assert recorded.evaluation is not None
     assert recorded.answer is not None

@@ -202,7 +202,7 @@ def timed() -> list[TimedRow]:
 def test_a_sample_of_measured_steps_is_met(timed: list[TimedRow]) -> None:
     """Of all rows over 0.5 s docs/accuracy.md has the figures; these are ones that nothing slowed down."""
     assert len(timed) == sum(len(names) for names in SAMPLE.values())
-    for estimator, middle, worst in (("rehearsal", 0.055, 0.10), ("closed_forms", 0.10, 0.20)):
+    for estimator, middle, worst in (("rehearsal", 0.055, 0.10), ("closed_forms", 0.095, 0.20)):
         errors = [abs(one.error(estimator)) for one in timed]  # type: ignore[arg-type]
         assert median(errors) < middle
         assert max(errors) < worst
