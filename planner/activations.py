@@ -128,7 +128,8 @@ def _reads_norm(linear: LinearShape) -> bool:
 def _attention_bytes(step: StepShape, block: BlockShape) -> int:
     """SDPA and flash attention keep q, k, v, the output and the log-sum-exp (fp32, one a head and token).
 
-    With an explicit mask (packed rows, a window shorter than the sequence) SDPA expands k and v to all heads.
+    With an explicit mask (packed rows, a window shorter than the sequence), or without FlashAttention, SDPA expands k
+    and v to all heads.
     Eager keeps k and v expanded to all heads and the scores: softmax in fp32, B * heads * S * S * 4, its copy in 16
     bits and that of soft-capping, another a each.
     """
@@ -138,7 +139,8 @@ def _attention_bytes(step: StepShape, block: BlockShape) -> int:
     if step.strategy.attention != "eager":
         window = block.sliding_window
         is_masked = step.strategy.packing or (window is not None and step.sequence > window)
-        keys = queries if is_masked and step.strategy.attention == "sdpa" else keys
+        is_expanded = step.strategy.attention == "efficient" or (is_masked and step.strategy.attention == "sdpa")
+        keys = queries if is_expanded else keys
         fused = a * (queries + keys) if _keeps_fused_projection(step, block) else 0
         return a * (2 * queries + 2 * keys) + FP32 * step.tokens * shape.heads + fused
     scores = step.tokens * step.sequence * shape.heads

@@ -187,7 +187,8 @@ def _list_checkpointed_layers(recipe: Recipe, shape: ModelShape) -> tuple[int, .
 
 def choose_attention(recipe: Recipe, device: Device, shape: ModelShape, compute: Dtype) -> Attention:
     """The recipe's; eager where transformers does not run an architecture with SDPA. Packed rows are attended document
-    by document, which FlashAttention's kernels do from compute capability 8.0 on, in 16 bits and heads of up to 256."""
+    by document, which FlashAttention's kernels do from compute capability 8.0 on, in 16 bits and heads of up to 256;
+    SDPA uses PyTorch's memory-efficient kernel on older cards."""
     asked = recipe.model.attention
     if asked != "sdpa":
         return asked
@@ -195,7 +196,9 @@ def choose_attention(recipe: Recipe, device: Device, shape: ModelShape, compute:
         return "eager"
     has_kernel = device.bf16 and compute != "fp32" and shape.head_dim <= 256 and shape.head_dim % 8 == 0
     has_function = not shape.is_guess and not shape.attention_dropout
-    return "varlen" if recipe.data.packing and has_function and (device.kind == "cpu" or has_kernel) else asked
+    if recipe.data.packing and has_function and (device.kind == "cpu" or has_kernel):
+        return "varlen"
+    return "efficient" if device.kind == "cuda" and not device.bf16 else "sdpa"
 
 
 def _list_compile(recipe: Recipe, device: Device, shape: ModelShape) -> tuple[bool, ...]:

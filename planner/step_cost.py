@@ -253,7 +253,7 @@ def _list_attention(step: StepShape, block: BlockShape, repeats: float, *, backw
         yield Work(kind="matrix", flops=flops, width=a, calls=0, times=repeats)
         yield Work(kind="memory", bytes=factor * SCORE_BYTES * scores, calls=0, times=repeats)
         return
-    is_masked = step.strategy.packing and step.strategy.attention == "sdpa"
+    is_masked = step.strategy.packing and step.strategy.attention in ("sdpa", "efficient")
     sequence = step.document_tokens or step.sequence
     flops = 4.0 * step.tokens * (sequence if is_masked else _attended(block, sequence)) * width
     yield Work(

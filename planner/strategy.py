@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
-Attention = Literal["sdpa", "eager", "flash_attention_2", "varlen"]
+Attention = Literal["sdpa", "efficient", "eager", "flash_attention_2", "varlen"]
 LossHead = Literal["full", "chunked", "fused"]
 Kernels = Literal["torch", "liger"]
 Optimizer = Literal["adamw", "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw", "adafactor"]
@@ -139,7 +139,8 @@ class Strategy(Value):
     adapter_targets:  `all-linear` or module names, None for full
     adapter_dropout:  LoRA dropout, 0 to 1
     double_quantization: NF4 constants quantised again (qlora only)
-    attention:        sdpa, eager or flash_attention_2; varlen: packed rows without a mask, document by document
+    attention:        sdpa, eager or flash_attention_2; efficient: sdpa without FlashAttention, which wants keys and
+                      values of all heads; varlen: packed rows without a mask, document by document
     micro_batch_size: rows in one forward, 1 or more
     gradient_accumulation_steps: forwards in one optimizer step; times micro_batch_size the global batch
     checkpointed_layers: the first so many decoder layers keep only their input and are computed again in backward;

@@ -48,6 +48,29 @@ def choose_kept(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolic
 
 
 @contextlib.contextmanager
+def attention_kernels(attention: str) -> Iterator[None]:
+    """Inside, SDPA has the kernels that a strategy's attention is planned with.
+
+    efficient: cards before compute capability 8.0 have no FlashAttention, and PyTorch's memory-efficient kernel takes
+    no grouped heads (sdp_utils.cpp): transformers, which asks for them wherever there is no mask, would be given plain
+    products and all scores. So keys and values are repeated for all heads, as it does beside a mask.
+    """
+    if attention != "efficient":
+        yield
+        return
+    from transformers.integrations import sdpa_attention
+
+    asks, has_flash = sdpa_attention.use_gqa_in_sdpa, torch.backends.cuda.flash_sdp_enabled()
+    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = asks
+        torch.backends.cuda.enable_flash_sdp(has_flash)
+
+
+@contextlib.contextmanager
 def known_packing(packed: bool) -> Iterator[None]:
     """Inside, transformers need not find out whether rows are packed, for which it would wait for the device at the
     start of every forward (masking_utils.find_packed_sequence_indices)."""

@@ -110,7 +110,7 @@ def name_attention(strategy: Strategy) -> str:
         from transformers import AttentionInterface
 
         AttentionInterface.register("varlen", attend_documents)
-    return strategy.attention
+    return "sdpa" if strategy.attention == "efficient" else strategy.attention
 
 
 def check_loaded(folder: Path, base: nn.Module, loaded: Mapping[str, Any]) -> None:

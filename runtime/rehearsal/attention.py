@@ -42,7 +42,7 @@ def attend(
 ) -> Tensor:
     """F.scaled_dot_product_attention on [batch, heads, sequence, head_dim], with the kernel that CUDA would pick.
 
-    FlashAttention takes 16 bits without a mask, and heads padded to a multiple of 8.
+    FlashAttention, where the card has it, takes 16 bits without a mask, and heads padded to a multiple of 8.
     flash, other: these kernels in another form; the ones of eager PyTorch where they are not given
     """
     flash, other = flash or _attend_flash, other or _attend_otherwise
@@ -51,7 +51,8 @@ def attend(
         query, key, value = (one.to(dtype) for one in (query, key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
     width = query.shape[-1]
-    if not (half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM):
+    takes = half and attn_mask is None and width == value.shape[-1] <= FLASH_MAX_HEAD_DIM
+    if not (takes and torch.backends.cuda.flash_sdp_enabled()):
         return other(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     padded = 8 * ceil(width / 8)
     if padded != width:

@@ -17,6 +17,7 @@ from ...planner.allocator import SegmentOrder
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
 from ..data.batches import STARTS_MULTIPLE, count_starts
+from ..model.attention import attention_kernels
 from ..model.parts import find_decoder
 from ..training.in_backward import UpdatesInBackward
 from ..training.losses import compute_loss
@@ -176,7 +177,10 @@ class Traces:
 
     def _trace(self, step: Strategy) -> TracedStep:
         documents = count_starts(step.micro_batch_size * self._documents_per_row) - 1
-        with known_documents(documents if step.attention == "varlen" else None):
+        with (
+            known_documents(documents if step.attention == "varlen" else None),
+            attention_kernels(step.attention),
+        ):
             return self._extend(step)
 
     def _extend(self, step: Strategy) -> TracedStep:

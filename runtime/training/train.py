@@ -19,6 +19,7 @@ from ...planner.plan import Plan
 from ...recipes.errors import OutOfMemoryError, RunError
 from ..machine.host import WEIGHT_BLOCK_BYTES, keep_heap_tight, trim_heap
 from ..model.assemble import build_for_run
+from ..model.attention import attention_kernels
 from ..model.build import BuiltModel
 from ..model.models import fetch_model
 from ..model.results import Results
@@ -120,7 +121,8 @@ class Run:
         with Meter(self.directory.path / SAMPLES_NAME, self.plan, self.device, self.console) as meter:
             try:
                 self._prepare_gpu()
-                return self._execute(meter)
+                with attention_kernels(self.strategy.attention):
+                    return self._execute(meter)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise OutOfMemoryError(self._explain_out_of_memory(meter, error)) from error

@@ -142,6 +142,7 @@ def test_a_card_without_bf16_gets_a_plan_in_fp16(name: str) -> None:
     plan = plan_for({"method": {"adapter_dtype": "bf16"}}, make_gpu(name))
     assert plan.fits
     assert plan.strategy.compute_dtype == "fp16"
+    assert plan.strategy.attention == "efficient", "there is no FlashAttention before compute capability 8.0"
     assert (plan.strategy.adapter_dtype or plan.strategy.weights_dtype) == "fp32", "what is trained is fp32"
 
 

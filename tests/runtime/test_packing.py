@@ -20,7 +20,7 @@ from fitune.runtime.data import packing
 from fitune.runtime.data.batches import make_micro_batch
 from fitune.runtime.data.packing import check_packing, pack_rows
 from fitune.runtime.data.tokens import TokenizedRow, TokenizedRows
-from fitune.runtime.model.attention import attend_documents, list_document_inputs
+from fitune.runtime.model.attention import attend_documents, attention_kernels, list_document_inputs
 from fitune.runtime.planning import Job
 from fitune.runtime.training.losses import compute_loss
 
@@ -89,6 +89,14 @@ def test_packed_rows_have_the_losses_that_they_have_apart(model_type: str, atten
     expected = losses_by_token(plain, rows)
     assert losses_by_token(model, packed) == pytest.approx(expected, abs=2e-5)
     assert losses_by_token(model, rows) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_attention_without_flash_attentions_kernels_gives_the_same_losses(model_type: str) -> None:
+    model, rows = make_model(model_type), make_rows([30, 11])
+    expected = losses_by_token(model, rows)
+    with attention_kernels("efficient"):
+        assert losses_by_token(model, rows) == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

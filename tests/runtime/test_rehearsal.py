@@ -248,6 +248,17 @@ def test_eager_attention_keeps_the_scores_that_fused_attention_does_not() -> Non
     assert eager.components.activations > fused.components.activations + 9 * scores_bytes
 
 
+def test_without_flash_attention_keys_and_values_of_all_heads_are_kept_and_no_scores() -> None:
+    config = LLAMA | {"num_key_value_heads": 2}
+    kinds = ("sdpa", "efficient", "eager")
+    flash, efficient, eager = (
+        predict(config, make_strategy(attention=kind, compute_dtype="fp16")).components.activations for kind in kinds
+    )
+    expanded_bytes = LLAMA["num_hidden_layers"] * 2 * 2 * (2 * 256) * (256 - 64)
+    assert flash + 0.99 * expanded_bytes < efficient < eager
+    assert efficient < flash + 1.2 * expanded_bytes
+
+
 def test_dropout_keeps_a_mask_of_one_byte_an_element() -> None:
     plain, dropped = (predict(LLAMA, make_strategy(adapter_dropout=share)) for share in (0.0, 0.1))
     inputs = 4 * 256 + 2 * 256 + 768
