@@ -63,8 +63,11 @@ CURVE = {"model": "embedded", "length": 256, "batch": 8, "rows": "pavlos", "step
 AT_ONCE = "train.micro_batch_size=8"
 _8B, _1B = {"model": "8b", "length": 4096, "batch": 2}, {"model": "1b", "length": 2048}
 _24GIB = _8B | {"length": 2048, "batch": 8}
+LONG = ("train.micro_batch_size=4", 'train.loss_head="fused"')
+"""What the plan of a long run of full-auto chooses."""
+BF16_FULL = (FULL, 'model.dtype="bf16"', COMPILED, *LONG)
 CASES = (
-    Case(name="full-auto", **_1B, batch=4, settings=(FULL, 'model.dtype="bf16"', COMPILED), target=55_000, seconds=60),
+    Case(name="full-auto", **_1B, batch=4, settings=BF16_FULL, target=55_000, seconds=60),
     Case(name="padded", **_1B, batch=16, settings=(LORA, "train.micro_batch_size=16"), rows="mixed", seconds=30),
     Case(name="packed", **_1B, batch=2, settings=(LORA, "data.packing=true"), rows="mixed", seconds=30),
     Case(name="lora-auto", **_8B, settings=(LORA, COMPILED), target=16_000, seconds=70),

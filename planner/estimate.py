@@ -261,8 +261,8 @@ def _load_temporary(shape: ModelShape, strategy: Strategy) -> int:
 
 def _optimizer_temporary(shape: ModelShape, strategy: Strategy, device: Device) -> int:
     """Fused AdamW and bitsandbytes update in place, but for the latter on a CPU. Stochastic rounding works on 16 Mi
-    elements at a time; Adafactor needs the update and its square of the largest tensor in fp32, and two fp32 copies
-    where it rounds stochastically.
+    elements at a time, but in AdamW's compiled update; Adafactor needs the update and its square of the largest tensor
+    in fp32, and two fp32 copies where it rounds stochastically.
     """
     largest = max(elements for elements, _ in list_trainable_tensors(shape, strategy))
     is_stochastic = strategy.rounding == "stochastic"
@@ -271,7 +271,9 @@ def _optimizer_temporary(shape: ModelShape, strategy: Strategy, device: Device) 
     if device.kind == "cpu" and strategy.optimizer in CPU_UPDATE_BYTES:
         each = CPU_UPDATE_BYTES[strategy.optimizer]
         return (each + 8) * min(STOCHASTIC_CHUNK, largest) if is_stochastic else each * largest
-    return STOCHASTIC_BYTES * min(STOCHASTIC_CHUNK, largest) if is_stochastic else 0
+    if not is_stochastic or strategy.compiles_update:
+        return 0
+    return STOCHASTIC_BYTES * min(STOCHASTIC_CHUNK, largest)
 
 
 def _estimate_merged_bytes(shape: ModelShape, strategy: Strategy) -> int:

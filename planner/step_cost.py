@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
 from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
 from .model_shape import BlockShape, LinearShape, ModelShape
-from .rates import CLIP_CALLS, UPDATE_CALLS
+from .rates import CLIP_CALLS, COMPILED_UPDATE_CALLS, UPDATE_CALLS
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
 from .strategy import DTYPE_BYTES, Dtype, Kernels, LossHead, Optimizer, Strategy
 
@@ -79,6 +79,11 @@ UPDATE_INSTRUCTIONS: dict[Optimizer, float] = {"adamw_8bit": 470, "paged_adamw_8
 element, finds the largest of 256 by shuffles, and looks two values up by binary search among 256 in shared memory.
 Counted in the machine code of bitsandbytes 0.50.2 for compute capability 9.0 (kOptimizerStatic8bit2StateBlockwise):
 526, of which 56 are issued by one warp in eight alone."""
+COMPILED_UPDATE_INSTRUCTIONS = 164
+"""The same of AdamW's compiled update, which draws a random number for each element. Counted in the machine code that
+Triton 3.9 makes for compute capability 9.0 of a kernel like Inductor's: 1,312 for the 8 elements of a thread."""
+SMALL_KERNELS = 2
+"""Beside that update's own kernel, for each tensor: the seed's and the step counter's."""
 STOCHASTIC_BYTES = 48
 """Bytes that rounding one fp32 tensor stochastically moves for an element."""
 CHUNK_ELEMENTS = 2**24
@@ -324,7 +329,8 @@ def estimate_update_work(
 
     Clipping reads the gradients for their norm and scales them: 3 w bytes an element, of which the norm is one. An
     update reads weight and gradient and writes the weight, 3 w, and reads and writes its states. A weight that is
-    rounded stochastically is updated in fp32, part by part. What paged states travel is `clock.add_paging`'s.
+    rounded stochastically is updated in fp32, part by part, unless the update is compiled. What paged states travel is
+    `clock.add_paging`'s.
 
     groups: of parameters that are updated together, if in backward; else all are one
     """
@@ -353,8 +359,19 @@ def estimate_update_work(
     )
     return {
         "clip": (Work(kind="memory", bytes=read * elements, calls=together + CLIP_CALLS * number),),
-        "optimizer": (update,),
+        "optimizer": _list_compiled_update(elements, number) if rounds and strategy.compiles_update else (update,),
     }
+
+
+def _list_compiled_update(elements: int, tensors: int) -> tuple[Work, ...]:
+    """AdamW's update of bf16 tensors as one kernel each: 7 * 2 bytes an element, and no fp32 copies."""
+    update = Work(
+        kind="memory",
+        bytes=7 * DTYPE_BYTES["bf16"] * elements,
+        instructions=COMPILED_UPDATE_INSTRUCTIONS * elements,
+        calls=COMPILED_UPDATE_CALLS * tensors,
+    )
+    return update, Work(kind="memory", calls=0, times=SMALL_KERNELS * tensors)
 
 
 def host_waits(strategy: Strategy) -> bool:

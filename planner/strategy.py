@@ -155,7 +155,7 @@ class Strategy(Value):
     optimizer:        one of the recipe's names
     optimizer_in_backward: a layer is updated in backward, as soon as its gradients are there, which are freed then
     clips_gradients:  whether gradients are scaled to a norm
-    compile:          layers compiled, and with them the fused loss head
+    compile:          layers compiled, and with them the fused loss head and adamw's stochastically rounded update
     kernels:          of norms, rotary positions and gated MLPs: PyTorch's operations, or Liger's kernels
     fused_adapters:   LoRA's products are added where the frozen ones are computed, and together for layers that read
                       the same input; else they are peft's
@@ -204,6 +204,11 @@ class Strategy(Value):
     def fuses(self) -> bool:
         """Whether norms and activations are one kernel each, which computes in backward again what it can."""
         return self.compile or self.kernels == "liger"
+
+    @property
+    def compiles_update(self) -> bool:
+        """Whether an update that is rounded stochastically is one kernel for a tensor, without copies in fp32."""
+        return self.compile and self.optimizer == "adamw" and self.rounding == "stochastic"
 
     @model_validator(mode="before")
     @classmethod

@@ -52,7 +52,7 @@ def replay_optimizer(
             _make_state(replay, number, spec, name)
         if name == "adafactor":
             _replay_adafactor(replay, spec, stochastic=stochastic)
-        elif stochastic and spec.width == 2:
+        elif stochastic and spec.width == 2 and not strategy.compiles_update:
             part = min(spec.elements, CHUNK_ELEMENTS)
             replay.temporary((16 + 4) * part)
 

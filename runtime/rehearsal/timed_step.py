@@ -164,6 +164,7 @@ def _time_training(model: RehearsalModel, strategy: Strategy, batch: MicroBatch)
         learning_rate=strategy.learning_rate,
         weight_decay=0.0,
         rounding=strategy.rounding,
+        compiled=strategy.compile,
     )
     updates = UpdatesInBackward(optimizer, model.model, model.layers) if strategy.optimizer_in_backward else None
     batches = [batch] * min(2, strategy.gradient_accumulation_steps)

@@ -121,6 +121,7 @@ class TrainingLoop:
             learning_rate=strategy.learning_rate,
             weight_decay=train.weight_decay,
             rounding=strategy.rounding,
+            compiled=strategy.compile,
         )
         self.updates = None
         if strategy.optimizer_in_backward:

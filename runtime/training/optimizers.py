@@ -1,38 +1,43 @@
-"""Optimizers by their recipe names, and updates of bf16 weights that do not get lost in rounding.
-
-A bf16 weight has 8 significant bits: an update smaller than 1/512 of it rounds to nothing, and at usual learning
-rates most are. So where bf16 weights are trained, the update is computed in fp32 and rounded stochastically: up or down
-with probabilities that make the expected weight the exact one. https://arxiv.org/abs/2010.06192
-"""
+"""Optimizers by their recipe names, for bf16 weights with updates that are rounded stochastically."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .compiled_adamw import compile_update, fold
+from .rounding import round_stochastically
+
 CHUNK_ELEMENTS = 2**24
 """Elements of a weight that are updated at one time in fp32: bounds the temporaries to 64 MiB a buffer."""
 
 
 def make_optimizer(
-    name: str, model: nn.Module, *, learning_rate: float, weight_decay: float, rounding: str
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    rounding: str,
+    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of a strategy over the model's trainable parameters.
 
     name:         adamw, adamw_32bit, adamw_8bit, paged_adamw, paged_adamw_8bit or adafactor
     weight_decay: applied to matrices only, not to biases and norms, as transformers' Trainer does
     rounding:     nearest or stochastic
+    compiled:     whether the update of a stochastically rounding adamw is compiled; others have kernels of their own
     """
     groups = _parameter_groups(model, weight_decay)
     stochastic = rounding == "stochastic"
     if name == "adamw":
         if stochastic:
-            return StochasticAdamW(groups, lr=learning_rate)
+            return StochasticAdamW(groups, lr=learning_rate, compiled=compiled)
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     if name == "adafactor":
         optimizer = StochasticAdafactor if stochastic else torch.optim.Adafactor
@@ -73,22 +78,6 @@ def _make_bitsandbytes(name: str, groups: list[dict[str, Any]], lr: float, stoch
     return kind(groups, lr=lr)  # type: ignore[no-any-return]
 
 
-def round_stochastically(target: Tensor, exact: Tensor) -> None:
-    """Write fp32 `exact` into bf16 `target`, rounded up or down at random so that its expectation is exact.
-
-    bf16 is the upper half of an fp32's bits: adding a uniform 16-bit integer to the bits and cutting the lower half
-    carries into the upper one with just the probability of the part cut off. Infinities and NaN stay what they are.
-    A target in fp32, which a few models keep among bf16 ones, takes the exact values.
-    """
-    if target.dtype == torch.float32:
-        target.copy_(exact)
-        return
-    bits = exact.view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
-    rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
-    target.copy_(torch.where(torch.isfinite(exact), rounded, exact))
-
-
 def _chunks(elements: int) -> Iterator[slice]:
     for start in range(0, elements, CHUNK_ELEMENTS):
         yield slice(start, min(start + CHUNK_ELEMENTS, elements))
@@ -100,6 +89,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     Keeps 4 bytes of state a parameter, as torch.optim.AdamW does for bf16 weights; its second moment, too, would
     otherwise stop decaying (0.1 % a step is less than bf16 resolves).
 
+    compiled:  one kernel updates a tensor, and keeps nothing of it in fp32
     found_inf: 1.0 where the update is to change nothing; a tensor on the device, set and removed by the caller
     """
 
@@ -107,49 +97,78 @@ class StochasticAdamW(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._update_all = self._update_compiled if compiled else self._update_in_chunks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None, "fitune's step computes the gradients itself"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update_all(group, parameters)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _find_state(self, parameter: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """(weight and moments, gradient, counter of steps); moments and counter are made at first."""
+        state, gradient = self.state[parameter], parameter.grad
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        assert parameter.grad is not None, "the caller looked"
-        kept = [tensor.view(-1) for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"])]
-        gradient, counter = parameter.grad.reshape(-1), state["step"].clone()
-        for part in _chunks(parameter.numel()):
-            exact = [tensor[part].float() for tensor in kept]
-            state["step"].copy_(counter)
-            adamw(
-                [exact[0]],
-                [gradient[part].float()],
-                [exact[1]],
-                [exact[2]],
-                [],
-                [state["step"]],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
+        assert gradient is not None, "the caller looked"
+        return [parameter.data, state["exp_avg"], state["exp_avg_sq"]], gradient, state["step"]
+
+    def _update_compiled(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        update, device = compile_update(), parameters[0].device
+        rate, decay = (torch.full((), group["lr"] * factor, device=device) for factor in (1.0, group["weight_decay"]))
+        found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        for parameter in parameters:
+            kept, gradient, counter = self._find_state(parameter)
+            folded = [fold(tensor) for tensor in kept]
+            update(
+                folded,
+                fold(gradient.contiguous()),
+                counter,
+                rate,
+                decay,
+                found_inf,
+                betas=group["betas"],
                 eps=group["eps"],
-                maximize=False,
-                found_inf=self.found_inf,
             )
-            for tensor, value in zip(kept, exact, strict=True):
-                round_stochastically(tensor[part], value)
+
+    def _update_in_chunks(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            tensors, gradient, counter = self._find_state(parameter)
+            kept, gradient, before = [tensor.view(-1) for tensor in tensors], gradient.reshape(-1), counter.clone()
+            for part in _chunks(parameter.numel()):
+                exact = [tensor[part].float() for tensor in kept]
+                counter.copy_(before)
+                adamw(
+                    [exact[0]],
+                    [gradient[part].float()],
+                    [exact[1]],
+                    [exact[2]],
+                    [],
+                    [counter],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                    found_inf=self.found_inf,
+                )
+                for tensor, value in zip(kept, exact, strict=True):
+                    round_stochastically(tensor[part], value)
 
 
 class _StochasticRounding:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fitune.runtime.training import optimizers
-from fitune.runtime.training.optimizers import make_optimizer, round_stochastically
+from fitune.runtime.training.in_backward import UpdatesInBackward
+from fitune.runtime.training.optimizers import make_optimizer
+from fitune.runtime.training.rounding import round_stochastically
 
 NAMES = ("adamw", "adamw_32bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -183,3 +188,157 @@ def test_rounding_leaves_representable_values_alone(values: list[float]) -> None
     target = torch.empty_like(exact)
     round_stochastically(target, exact.float())
     torch.testing.assert_close(target, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def graphs() -> Iterator[Any]:
+    """Counts of torch.compile, whose generated code runs."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+def update_once(
+    weight: Tensor,
+    gradient: Tensor,
+    *,
+    compiled: bool,
+    seed: int = 0,
+    found_inf: float | None = None,
+    steps: int = 1,
+    learning_rate: float = 0.01,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight and its states after updates with one gradient."""
+    model = nn.Module()
+    model.weight = nn.Parameter(weight.clone())
+    optimizer: Any = make_optimizer(
+        "adamw", model, learning_rate=learning_rate, weight_decay=0.1, rounding="stochastic", compiled=compiled
+    )
+    torch.manual_seed(seed)
+    for number in range(steps):
+        model.weight.grad = gradient.clone()
+        if found_inf is not None and number == steps - 1:
+            optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+    return model.weight.detach(), optimizer.state[model.weight]
+
+
+def make_update(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return weight, gradient
+
+
+def test_a_compiled_update_in_fp32_is_torchs_own(graphs: Any) -> None:
+    weight, gradient = make_update(32, 48, dtype=torch.float32)
+    found, expected = (update_once(weight, gradient, compiled=on, steps=3) for on in (True, False))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+    assert found[1]["step"] == 3
+
+
+def test_a_compiled_update_of_bf16_weights_is_the_exact_one_on_average(graphs: Any) -> None:
+    """Each element lies beside the exact value; 4,096 equal ones have a mean within 4 standard deviations of it."""
+    weight, gradient = make_update(1, 48)
+    rows, exact = (4096, 48), update_once(weight.float(), gradient.float(), compiled=False)
+    found = update_once(weight.expand(rows).clone(), gradient.expand(rows).clone(), compiled=True)
+    for key in ("weight", "exp_avg", "exp_avg_sq"):
+        values, value = (one[0] if key == "weight" else one[1][key] for one in (found, exact))
+        step = torch.exp2(torch.floor(torch.log2(value.abs())) - 7)
+        assert values.dtype == torch.bfloat16
+        assert ((values.float() - value).abs() <= 1.01 * step).all()
+        assert ((values.double().mean(dim=0) - value).abs() < 4 * step / (2 * math.sqrt(4096)) + 1e-4 * step).all()
+
+
+def test_weight_and_moments_are_rounded_independently_in_a_compiled_update(graphs: Any) -> None:
+    weight, gradient = torch.full((64, 64), 1.0).bfloat16(), torch.full((64, 64), 0.7).bfloat16()
+    updated, state = update_once(weight, gradient, compiled=True)
+    drawn = torch.stack([updated.flatten(), state["exp_avg"].flatten(), state["exp_avg_sq"].flatten()])
+    assert all(len(one.unique()) == 2 for one in drawn)
+    assert torch.corrcoef(drawn.double()).triu(1).abs().max() < 0.08, "5 standard deviations of 4,096 pairs"
+
+
+def test_a_seed_decides_what_a_compiled_update_draws(graphs: Any) -> None:
+    weight, gradient = make_update(64, 64)
+    first, again, other = (update_once(weight, gradient, compiled=True, seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_changes_where_gradients_are_not_finite(compiled: bool, graphs: Any) -> None:
+    weight, gradient = make_update(32, 48)
+    expected = update_once(weight, gradient, compiled=compiled)
+    found = update_once(weight, gradient, compiled=compiled, steps=2, found_inf=1.0)
+    assert found[1]["step"] == expected[1]["step"] == 1
+    if compiled:  # which draws once for a tensor, so that the first update is the same
+        assert torch.equal(found[0], expected[0])
+        assert all(torch.equal(found[1][key], expected[1][key]) for key in ("exp_avg", "exp_avg_sq"))
+    overflowed = gradient.clone()
+    overflowed[3, 5] = float("inf")
+    unchanged, state = update_once(weight, overflowed, compiled=compiled, found_inf=1.0)
+    assert torch.equal(unchanged, weight) and state["step"] == 0 and not state["exp_avg"].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_learning_rate_of_0_changes_no_weight_whether_or_not_it_has_gradients(compiled: bool, graphs: Any) -> None:
+    """A warmup starts with it, and most rows of an embedding have no gradients."""
+    weight, gradient = make_update(32, 48)
+    gradient[::2] = 0
+    assert torch.equal(update_once(weight, gradient, compiled=compiled, learning_rate=0.0)[0], weight)
+
+
+def test_many_shapes_learning_rates_and_decays_are_compiled_a_few_times(graphs: Any) -> None:
+    before = graphs["unique_graphs"]
+    sizes = [(16 * rows, columns) for rows in range(2, 12) for columns in (16, 48, 80)]
+    model = nn.ParameterList(nn.Parameter(torch.ones(size).bfloat16()) for size in (*sizes, (64,), (77,), (1,)))
+    optimizer = make_optimizer(
+        "adamw", model, learning_rate=0.1, weight_decay=0.1, rounding="stochastic", compiled=True
+    )
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + step)
+        for parameter in model:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert graphs["unique_graphs"] - before <= 4
+    assert all((parameter < 0.95).all() for parameter in model)
+
+
+def test_a_compiled_update_takes_no_memory_beside_what_it_updates(graphs: Any) -> None:
+    weight, gradient = make_update(256, 256)
+    model = nn.Module()
+    model.weight = nn.Parameter(weight)
+    optimizer = make_optimizer(
+        "adamw", model, learning_rate=0.1, weight_decay=0.1, rounding="stochastic", compiled=True
+    )
+    for _ in range(2):
+        model.weight.grad = gradient
+        optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    taken = sum(max(0, one.self_cpu_memory_usage) for one in profile.events())
+    assert taken < weight.numel()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_bf16_weights_learn_by_compiled_updates_as_by_eager_ones(in_backward: bool, graphs: Any) -> None:
+    ends = []
+    for compiled in (False, True):
+        model = Regression(torch.bfloat16)
+        torch.manual_seed(1)
+        optimizer = make_optimizer(
+            "adamw", model.model, learning_rate=1.5e-3, weight_decay=0.0, rounding="stochastic", compiled=compiled
+        )
+        updates = UpdatesInBackward(optimizer, model.model, []) if in_backward else None
+        for _ in range(150):
+            model.compute_loss().backward()
+            if updates is None:
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                updates.finish()
+        ends.append(model.compute_loss().item())
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)

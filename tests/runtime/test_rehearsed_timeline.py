@@ -129,3 +129,14 @@ def test_weights_and_states_are_there_all_the_time_and_activations_come_and_go()
     assert max(point.activations for point in timeline.points) > 2**20
     assert first.activations < 2**20
     assert last.activations == 0
+
+
+def test_a_compiled_update_keeps_no_fp32_copies_where_an_eager_one_does() -> None:
+    def update_bytes(**changes: Any) -> int:
+        full = CASES["full"] | {"compile": True, **changes}
+        phases = predict(full)[0].phases
+        return next(phase.peak_allocated_bytes for phase in phases if phase.name == "optimizer")
+
+    compiled, nearest = (update_bytes(rounding=rounding) for rounding in ("stochastic", "nearest"))
+    assert compiled == nearest
+    assert update_bytes(rounding="stochastic", compile=False) > compiled
