@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ..model.embedded import cache_folder
 from ..rundir import write_whole
 from ..versions import find_versions
 from .evaluation import UNTRACEABLE
-from .timed_step import StepSeconds, time_step_on_cpu
+from .timed_step import StepSeconds
+from .timing_process import TimingProcess
 
 MEASURED_TOKENS = 1024
 """Tokens of a measured micro-batch; a larger one takes as much longer as it has more rows. So many are a chunk of the
@@ -43,6 +44,7 @@ class CpuClock:
 
     steps: of the run, None where their number is not known
     quick: closed forms, for what cannot be measured or is over sooner
+    measure: times a step: time_step_on_cpu, or as it does
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class CpuClock:
         *,
         steps: int | None,
         quick: Clock,
+        measure: Callable[..., StepSeconds] | None = None,
     ) -> None:
         self._config, self._shape, self._data, self._rates = config, shape, data, rates
         self._steps, self._quick = steps, quick
+        self._measure = TimingProcess() if measure is None else measure
         self._measured: dict[str, StepSeconds] = {}
 
     def __call__(self, strategy: Strategy) -> StepTime:
@@ -96,7 +100,7 @@ class CpuClock:
         key = sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
         if key not in self._measured:
             kept = _load(_find_path()).get(key)
-            self._measured[key] = kept or time_step_on_cpu(
+            self._measured[key] = kept or self._measure(
                 self._config, alike, rows=rows, length=width, documents_per_row=documents
             )
             if kept is None and self._measured[key].waiting <= MOST_WAITING:

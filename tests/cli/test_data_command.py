@@ -36,7 +36,7 @@ def write_rows(folder: Path, *answers: str) -> None:
 def test_good_data_is_shown_and_the_exit_code_is_0(fitune: Commands, folder: Path) -> None:
     result = fitune("data", "recipe.toml")
     assert (result.code, result.err) == (0, "")
-    assert "1 sequences" in result.out and "⟦Opa!<|im_end|>⟧" in result.out
+    assert "1 sequence" in result.out and "⟦Opa!<|im_end|>⟧" in result.out
     assert result.out.splitlines()[-1] == "ok recipe.toml: a run takes this data"
 
 

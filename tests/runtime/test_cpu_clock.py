@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from small_models import SIZES
 
 from fitune.planner.clock import make_row_clock
 from fitune.planner.shape import make_shape
-from fitune.planner.speed import StepTime
 from fitune.planner.strategy import DataFacts, Device, Rates, Strategy
 from fitune.runtime.rehearsal import cpu_clock, timed_step
 from fitune.runtime.rehearsal.cpu_clock import CpuClock
@@ -63,10 +63,26 @@ def make_strategy(**changes: Any) -> Strategy:
     return Strategy(**values | changes)
 
 
-def make_clock(*, steps: int | None = None, data: DataFacts = DATA, rates: Rates = RATES) -> CpuClock:
+class Asked(list[tuple[int, int, int]]):
+    """The (rows, length, documents) that were asked for, in the place of measurements."""
+
+    def __call__(self, _: Any, __: Strategy, *, rows: int, length: int, documents_per_row: int) -> StepSeconds:
+        self.append((rows, length, documents_per_row))
+        return STEP
+
+
+def make_clock(
+    measure: Callable[..., StepSeconds] | None,
+    *,
+    config: dict[str, Any] = CONFIG,
+    steps: int | None = None,
+    data: DataFacts = DATA,
+    rates: Rates = RATES,
+) -> CpuClock:
     shape = make_shape(CONFIG)
     device = Device(name="a CPU", kind="cpu", memory_bytes=2**33, budget_bytes=2**33, bf16=True, rates=rates)
-    return CpuClock(CONFIG, shape, data, rates, steps=steps, quick=make_row_clock(shape, device, data))
+    quick = make_row_clock(shape, device, data)
+    return CpuClock(config, shape, data, rates, steps=steps, quick=quick, measure=measure)
 
 
 @pytest.fixture(autouse=True)
@@ -76,16 +92,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """The (rows, length, documents) that were asked for, in the place of measurements."""
-    asked: list[tuple[int, int, int]] = []
-
-    def measure(_: Any, __: Strategy, *, rows: int, length: int, documents_per_row: int) -> StepSeconds:
-        asked.append((rows, length, documents_per_row))
-        return STEP
-
-    monkeypatch.setattr(cpu_clock, "time_step_on_cpu", measure)
-    return asked
+def measured() -> Asked:
+    return Asked()
 
 
 @pytest.mark.parametrize(
@@ -131,10 +139,10 @@ def test_the_shortest_cut_has_the_first_layer_and_one_of_each_kind() -> None:
 
 
 def test_micro_batches_after_the_first_and_rows_beyond_the_measured_ones_count(
-    measured: list[tuple[int, int, int]],
+    measured: Asked,
 ) -> None:
     strategy = make_strategy(micro_batch_size=64, gradient_accumulation_steps=3)
-    time = make_clock()(strategy)
+    time = make_clock(measured)(strategy)
     ((rows, length, _),) = measured
     assert rows * length <= cpu_clock.MEASURED_TOKENS < (rows + 1) * length
     scale = 64 / rows
@@ -147,48 +155,45 @@ def test_micro_batches_after_the_first_and_rows_beyond_the_measured_ones_count(
     assert time.tokens == round(64 * 3 * (16 + 32 + 64) / 3)
 
 
-def test_a_measured_step_is_known_to_later_plans_of_any_learning_rate(measured: list[tuple[int, int, int]]) -> None:
-    first = make_clock()(make_strategy())
-    again = make_clock()(make_strategy(learning_rate=5e-4))
+def test_a_measured_step_is_known_to_later_plans_of_any_learning_rate(measured: Asked) -> None:
+    first = make_clock(measured)(make_strategy())
+    again = make_clock(measured)(make_strategy(learning_rate=5e-4))
     assert (len(measured), again) == (1, first)
-    make_clock()(make_strategy(checkpointed_layers=LAYERS))
+    make_clock(measured)(make_strategy(checkpointed_layers=LAYERS))
     assert len(measured) == 2
 
 
-def test_what_was_measured_beside_other_work_is_not_kept(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+def test_what_was_measured_beside_other_work_is_not_kept(own_cache: Path) -> None:
     busy = STEP.model_copy(update={"waiting": 0.6})
-    monkeypatch.setattr(cpu_clock, "time_step_on_cpu", lambda *_, **__: busy)
-    clock = make_clock()
+    clock = make_clock(lambda *_, **__: busy)
     assert clock(make_strategy()).estimator == "measured_beside_others"
     assert not (own_cache / "cpu_steps.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"a": {"forward": -1}}', "\x00"])
-def test_a_broken_cache_is_measured_anew(content: str, measured: list[tuple[int, int, int]], own_cache: Path) -> None:
+def test_a_broken_cache_is_measured_anew(content: str, measured: Asked, own_cache: Path) -> None:
     (own_cache / "cpu_steps.json").write_text(content)
-    assert make_clock()(make_strategy()).estimator == "measured"
+    assert make_clock(measured)(make_strategy()).estimator == "measured"
     assert len(measured) == 1
 
 
 @pytest.mark.parametrize(
-    ("clock", "strategy"),
-    [
-        (make_clock(steps=3), make_strategy()),
-        (make_clock(rates=RATES.model_copy(update={"full_flops": 1e6})), make_strategy()),
-    ],
+    "changes",
+    [{"steps": 3}, {"rates": RATES.model_copy(update={"full_flops": 1e6})}],
     ids=["a run that is over sooner", "a model that takes too long"],
 )
-def test_what_is_not_worth_measuring_is_timed_by_closed_forms(
-    clock: CpuClock, strategy: Strategy, measured: list[tuple[int, int, int]]
-) -> None:
-    assert clock(strategy).estimator == "closed_forms"
+def test_what_is_not_worth_measuring_is_timed_by_closed_forms(changes: dict[str, Any], measured: Asked) -> None:
+    assert make_clock(measured, **changes)(make_strategy()).estimator == "closed_forms"
     assert measured == []
+
+
+def test_steps_are_timed_in_a_process_of_their_own() -> None:
+    before = Path("/proc/self/statm").read_text().split()[1]
+    assert make_clock(None)(make_strategy()).estimator.startswith("measured")
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1]) - int(before)
+    assert resident_pages * 4096 < 16 * 2**20, "a step in this process leaves more"
 
 
 def test_a_model_that_cannot_be_run_is_timed_by_closed_forms() -> None:
     broken = CONFIG | {"hidden_act": "no such function"}
-    shape = make_shape(CONFIG)
-    device = Device(name="a CPU", kind="cpu", memory_bytes=2**33, budget_bytes=2**33, bf16=True, rates=RATES)
-    quick = make_row_clock(shape, device, DATA)
-    time: StepTime = CpuClock(broken, shape, DATA, RATES, steps=None, quick=quick)(make_strategy())
-    assert time == quick(make_strategy())
+    assert make_clock(None, config=broken)(make_strategy()).estimator == "closed_forms"

@@ -147,7 +147,10 @@ def check_plan(plan: Plan) -> None:
     peaks = {phase.name: phase.peak_allocated_bytes for phase in memory.phases}
     assert memory.peak_allocated_bytes == peaks[memory.peak_phase]
     reserved = memory.peak_allocated_bytes if memory.peak_reserved_bytes is None else memory.peak_reserved_bytes
-    assert memory.required_bytes >= memory.peak_device_bytes >= reserved >= memory.peak_allocated_bytes > 0
+    assert memory.peak_device_bytes >= reserved >= memory.peak_allocated_bytes > 0
+    # Of a CPU's resident memory the pages of a file that is being read can be had back.
+    least = memory.peak_device_bytes if plan.device.kind == "cuda" else memory.peak_allocated_bytes
+    assert memory.required_bytes >= least
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
