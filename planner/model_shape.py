@@ -10,6 +10,9 @@ from typing import Literal
 
 from ..recipes.errors import ModelError
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers within one module that read the same input, in the order in which they are called."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShape:

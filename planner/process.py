@@ -5,9 +5,10 @@ Libraries, the code that oneDNN generates for products of 16 bits, and what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from . import activations as act
+from .model_shape import TOGETHER
 from .shape import LinearShape, ModelShape
 from .strategy import Device, Strategy
 
@@ -16,6 +17,9 @@ MiB = 2**20
 PROCESS_BYTES = 460 * MiB
 """Resident memory of a process with a loaded model, beside its tensors: torch, transformers, peft, bitsandbytes, the
 data; a quarter of it are pages of libraries."""
+TRITON_BYTES = 72 * MiB
+"""What of it is larger where Triton is installed, as extras have it: 412 instead of 340 MiB after importing
+bitsandbytes, which then imports Triton and torch's compiler."""
 FIRST_USE_BYTES = 25 * MiB
 """What comes with the first steps, beside products: buffers of the matrix library, other kernels."""
 CODE_BYTES = 256 * 2**10
@@ -35,7 +39,9 @@ FRAGMENTED_SHARE = 0.5
 
 def estimate_own_bytes(device: Device) -> int:
     """The process before its first step, beside its tensors: as calibrated, else the general constant."""
-    return PROCESS_BYTES if device.beside is None else device.beside.bytes
+    if device.beside is not None:
+        return device.beside.bytes
+    return PROCESS_BYTES + (TRITON_BYTES if device.has_triton else 0)
 
 
 def estimate_used_bytes(shape: ModelShape, strategy: Strategy, device: Device, *, widths: float) -> int:
@@ -59,14 +65,17 @@ def count_product_shapes(shape: ModelShape, strategy: Strategy) -> int:
     """Products of different shapes in a step: forward, gradient of the input, gradient of the weight if it is trained.
 
     A linear layer and an adapter's two matrices: [tokens, inputs] by [inputs, outputs] and back, and [outputs, tokens]
-    by [tokens, inputs].
+    by [tokens, inputs]. Fused adapters of layers that read the same input have their first matrices in one.
     """
     sizes = {(one.inputs, one.outputs) for one, _ in (*shape.linears, (shape.head, 1))}
     trained = sizes
     if strategy.method != "full":
         rank, targets = strategy.adapter_rank, strategy.adapter_targets
         assert rank is not None and targets is not None, "adapters have a rank and targets"
-        trained = set(_list_adapter_sizes((linear for linear, _ in shape.lora_linears(targets)), rank))
+        adapted = [linear for linear, _ in shape.lora_linears(targets)]
+        trained = set(_list_adapter_sizes(adapted, rank))
+        if strategy.fused_adapters:
+            trained |= set(_list_joint_sizes(adapted, rank))
     return 2 * len(sizes | trained) + len(trained)
 
 
@@ -74,6 +83,13 @@ def _list_adapter_sizes(linears: Iterable[LinearShape], rank: int) -> Iterable[t
     for linear in linears:
         yield linear.inputs, rank
         yield rank, linear.outputs
+
+
+def _list_joint_sizes(linears: Sequence[LinearShape], rank: int) -> Iterable[tuple[int, int]]:
+    for names in TOGETHER:
+        joint = [linear for linear in linears if linear.name in names]
+        if len(joint) > 1:
+            yield joint[0].inputs, rank * len(joint)
 
 
 def estimate_heap_bytes(shape: ModelShape, strategy: Strategy, *, sequence_length: int) -> tuple[int, int]:

@@ -84,6 +84,7 @@ class Device(Value):
     compiles:        whether layers can be compiled: a GPU that Triton knows, and a C compiler for its launchers
     has_float8:      whether it multiplies in float8: compute capability 8.9 or more
     has_liger:       whether Liger's kernels are installed where the plan is made
+    has_triton:      whether Triton is installed beside a CPU's torch; bitsandbytes then loads it
     """
 
     name: str
@@ -101,6 +102,7 @@ class Device(Value):
     compiles: bool = True
     has_float8: bool = False
     has_liger: bool = False
+    has_triton: bool = False
 
 
 class DataFacts(Value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sysconfig
@@ -199,6 +200,7 @@ def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:
         memory_bytes=memory.total_bytes,
         budget_bytes=budget.memory_bytes or memory.available_bytes,
         bf16=cpu.bf16,
+        has_triton=importlib.util.find_spec("triton") is not None,
         budget_source=f"free {memory.limited_by} ({why_none})" if budget.memory is None else "budget.memory",
     )
 

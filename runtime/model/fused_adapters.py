@@ -27,12 +27,11 @@ from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ...planner.model_shape import TOGETHER
 from ...planner.strategy import Strategy
 from ..training.step import TORCH_DTYPES
 from .linear_4bit import PackedLinear4bit, Storage, dequantize, dequantize_after, list_packed
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers within one module that read the same input, in the order in which they are called."""
 Weight = tuple[tuple[Tensor, ...], Storage | None]
 """A frozen weight [outputs, inputs], or the tensors that it is packed in, and how."""
 

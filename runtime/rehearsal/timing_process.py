@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
-from .timed_step import StepSeconds, time_step_on_cpu
+
+if TYPE_CHECKING:
+    from .timed_step import StepSeconds
 
 
 class TimingProcess:
@@ -35,7 +38,7 @@ class TimingProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             timed = self._pool.submit(
-                time_step_on_cpu, dict(config), strategy, rows=rows, length=length, documents_per_row=documents_per_row
+                _time_quietly, dict(config), strategy, rows=rows, length=length, documents_per_row=documents_per_row
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -43,3 +46,11 @@ class TimingProcess:
             return timed.result()
         except BrokenExecutor as error:
             raise TraceError(f"the process that timed a step ended: {error}") from error
+
+
+def _time_quietly(config: dict[str, Any], strategy: Strategy, **sizes: int) -> StepSeconds:
+    """time_step_on_cpu, without what bitsandbytes says of itself when it is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from .timed_step import time_step_on_cpu
+
+    return time_step_on_cpu(config, strategy, **sizes)
