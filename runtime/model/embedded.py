@@ -112,5 +112,6 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    with quiet_libraries():
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -131,6 +131,12 @@ def test_the_converted_model_is_the_one_of_the_catalog(embedded_model: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_conversion_prints_nothing_of_the_libraries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    embedded.convert_gguf(embedded.find_gguf(tmp_path), tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
 def test_the_converted_model_speaks_english_and_ends_its_turn(embedded_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model)
     model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32)
