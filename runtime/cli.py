@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shlex
 import sys
@@ -20,6 +19,7 @@ from rich.text import Text
 from ..recipes.errors import FituneError
 from .cli_data import data
 from .cli_files import check_written, write_text
+from .quiet import quiet_bitsandbytes_import
 from .redaction import redact
 from .shown import ShownConsole, show_text
 
@@ -363,8 +363,7 @@ def main() -> None:
     # took 16 s instead of 3. So many turns are what libgomp itself takes where it knows that cores are short.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # bitsandbytes 0.50 warns on every import on a CPU that the optional package `kernels` is missing; it means nothing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes_import()
     debug = "--debug" in sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

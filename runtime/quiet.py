@@ -29,3 +29,9 @@ def quiet_libraries() -> Iterator[None]:
         if bars:
             transformers_logging.enable_progress_bar()
         bitsandbytes.setLevel(level)
+
+
+def quiet_bitsandbytes_import() -> None:
+    """bitsandbytes 0.50 warns on every import on a CPU that the optional package `kernels` is missing; it means
+    nothing."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

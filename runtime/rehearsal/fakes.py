@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...planner.arithmetic import NF4_BLOCK, NF4_NESTED_BLOCK
 from ...planner.strategy import Strategy
 from ..training.step import TORCH_DTYPES
-from .model import is_nf4
+from .model import is_nf4, replace_tensors
 
 Slot = tuple[dict[str, Any], str]
 """A place that holds a tensor: a table and its key."""
@@ -18,23 +18,11 @@ Slot = tuple[dict[str, Any], str]
 
 def make_fakes(model: nn.Module, strategy: Strategy) -> None:
     """Replace every parameter and buffer by a fake one; call it under FakeTensorMode."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = _make_fake(module, name, tensor, strategy)
-                    made[id(made[id(tensor)])] = made[id(tensor)]
-                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
+    def make(module: Any, name: str, tensor: Tensor) -> Tensor:
+        return _make_nf4(module, strategy) if is_nf4(module, name) else torch.empty(tensor.shape, dtype=tensor.dtype)
 
-def _make_fake(module: nn.Module, name: str, tensor: Tensor, strategy: Strategy) -> Tensor:
-    if is_nf4(module, name):
-        return _make_nf4(module, strategy)
-    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    replace_tensors(model, make)
 
 
 def _make_nf4(module: Any, strategy: Strategy) -> Tensor:

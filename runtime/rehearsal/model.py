@@ -185,6 +185,23 @@ def is_nf4(module: nn.Module, name: str) -> bool:
     return name == "weight" and type(module).__name__ in ("Linear4bit", "PackedLinear4bit")
 
 
+def replace_tensors(model: nn.Module, make: Callable[[Any, str, Tensor], Tensor]) -> None:
+    """Put make(module, name, tensor) in the place of every parameter and buffer; shared ones stay shared, and
+    parameters remain parameters."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = make(module, name, tensor)
+                    if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = made[id(new)] = new
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
 def _make_spec(module: nn.Module, name: str, tensor: Tensor) -> TensorSpec:
     from transformers.pytorch_utils import Conv1D
 

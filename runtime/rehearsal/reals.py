@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...planner.strategy import Strategy
 from ..model.build import make_quantization
 from ..training.step import TORCH_DTYPES
-from .model import is_nf4
+from .model import is_nf4, replace_tensors
 
 SCALE = 0.02
 """Standard deviation of the weights, as most models are initialised."""
@@ -21,23 +21,13 @@ DRAWN_ELEMENTS = 2**20
 def make_reals(model: nn.Module, strategy: Strategy) -> None:
     """Replace every parameter and buffer by one in memory; shared ones stay shared."""
     drawn = torch.randn(DRAWN_ELEMENTS, generator=torch.Generator().manual_seed(0)) * SCALE
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = _make_real(module, name, tensor, strategy, drawn)
-                    made[id(made[id(tensor)])] = made[id(tensor)]
-                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
+    def make(module: Any, name: str, tensor: Tensor) -> Tensor:
+        if is_nf4(module, name):
+            return _make_nf4(module, strategy, drawn)
+        return _fill(torch.empty(tensor.shape, dtype=tensor.dtype), drawn)
 
-def _make_real(module: Any, name: str, tensor: Tensor, strategy: Strategy, drawn: Tensor) -> Tensor:
-    if is_nf4(module, name):
-        return _make_nf4(module, strategy, drawn)
-    real = _fill(torch.empty(tensor.shape, dtype=tensor.dtype), drawn)
-    return nn.Parameter(real, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
+    replace_tensors(model, make)
 
 
 def _fill(tensor: Tensor, drawn: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import signal
 import weakref
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...planner.strategy import Strategy
 from ...recipes.errors import TraceError
+from ..quiet import quiet_bitsandbytes_import
 
 if TYPE_CHECKING:
     from .timed_step import StepSeconds
@@ -50,7 +50,7 @@ class TimingProcess:
 
 def _time_quietly(config: dict[str, Any], strategy: Strategy, **sizes: int) -> StepSeconds:
     """time_step_on_cpu, without what bitsandbytes says of itself when it is imported."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes_import()
     from .timed_step import time_step_on_cpu
 
     return time_step_on_cpu(config, strategy, **sizes)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from small_models import build_small_model, make_strategy, make_tokens, save_small_model
+from small_steps import build_adapted
 from torch import Tensor, nn
 
-from fitune.runtime.model.build import BuiltModel, build_model
+from fitune.runtime.model.build import BuiltModel
 from fitune.runtime.model.linear_4bit import PackedLinear4bit, make_compilable
 from fitune.runtime.training.losses import compute_loss
 from fitune.runtime.training.step import uncast_adapter_inputs, uncompiled
@@ -40,16 +41,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(folder: Path, method: str, **changes: Any) -> BuiltModel:
-    """A model whose adapters do something."""
-    torch.manual_seed(0)
-    built = build_model(folder, make_strategy(method, **changes), CPU)
-    for name, parameter in built.model.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=0.05)
-    return built
-
-
 def train(built: BuiltModel, saved: list[Tensor] | None = None, *, head: str = "full") -> dict[str, Tensor]:
     """Loss and gradients of a step; what autograd keeps for backward is added to `saved`."""
 
@@ -74,8 +65,8 @@ def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones(
     models: Path, model_type: str, method: str, checkpointed: int, graphs: Any
 ) -> None:
     changes = {"checkpointed_layers": checkpointed, "attention": "eager" if model_type == "gemma2" else "sdpa"}
-    expected = train(build(models / model_type, method, **changes))
-    found = train(build(models / model_type, method, compile=True, **changes))
+    expected = train(build_adapted(models / model_type, method, **changes))
+    found = train(build_adapted(models / model_type, method, compile=True, **changes))
     assert graphs["unique_graphs"] > 0
     assert found.keys() == expected.keys() and len(found) > 2 * LAYERS
     for name in expected:
@@ -85,13 +76,13 @@ def test_compiled_layers_give_the_loss_and_gradients_of_eager_ones(
 def test_layers_of_one_class_share_their_graphs(tmp_path: Path, graphs: Any) -> None:
     """Two: the first layer's input needs no gradient."""
     save_small_model(tmp_path / "deep", num_hidden_layers=6)
-    train(build(tmp_path / "deep", "lora", compile=True))
+    train(build_adapted(tmp_path / "deep", "lora", compile=True))
     assert graphs["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_evaluation_and_generation_run_eagerly(models: Path, graphs: Any) -> None:
-    built = build(models / "llama", "lora", compile=True)
+    built = build_adapted(models / "llama", "lora", compile=True)
     with torch.no_grad(), uncompiled(make_strategy(compile=True)):
         built.model(input_ids=make_tokens(1, 7))
     assert not graphs
@@ -100,7 +91,7 @@ def test_evaluation_and_generation_run_eagerly(models: Path, graphs: Any) -> Non
 @pytest.mark.parametrize("checkpointed", [0, LAYERS])
 def test_compiled_4_bit_layers_keep_no_dequantised_weight(models: Path, checkpointed: int) -> None:
     saved: list[Tensor] = []
-    built = build(models / "llama", "qlora", compile=True, checkpointed_layers=checkpointed)
+    built = build_adapted(models / "llama", "qlora", compile=True, checkpointed_layers=checkpointed)
     train(built, saved)
     packed = [module for module in built.base.modules() if isinstance(module, PackedLinear4bit)]
     weights = {tuple(sorted((one.in_features, one.out_features))) for one in packed}
@@ -109,10 +100,10 @@ def test_compiled_4_bit_layers_keep_no_dequantised_weight(models: Path, checkpoi
 
 
 def test_the_packed_product_is_that_of_bitsandbytes(models: Path) -> None:
-    expected = train(build(models / "llama", "qlora"))
+    expected = train(build_adapted(models / "llama", "qlora"))
     for double in (True, False):
-        reference = train(build(models / "llama", "qlora", double_quantization=double))
-        built = build(models / "llama", "qlora", double_quantization=double)
+        reference = train(build_adapted(models / "llama", "qlora", double_quantization=double))
+        built = build_adapted(models / "llama", "qlora", double_quantization=double)
         make_compilable(built.base)
         found = train(built)
         for name in reference:

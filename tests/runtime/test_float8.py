@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from small_models import build_small_model, make_strategy, make_tokens
+from small_steps import train_rows
 from test_rehearsal import LLAMA, list_sizes, predict, trace
 from test_rehearsal import make_strategy as make_gpu_strategy
 from torch import Tensor, nn
 
-from fitune.planner.strategy import Strategy
 from fitune.runtime.model.build import BuiltModel, add_adapters, build_model, prepare_training
 from fitune.runtime.model.embedded import load_embedded_model
 from fitune.runtime.model.linear_float8 import Float8Linear, use_float8
-from fitune.runtime.training.step import MicroBatch, make_scaler, training_step
 
 CPU = torch.device("cpu")
 
@@ -31,25 +30,6 @@ def build(**changes: Any) -> BuiltModel:
     model = add_adapters(base, strategy, alpha=None, adapter=None)
     prepare_training(base, strategy)
     return BuiltModel(model=model, base=base)
-
-
-def train(built: BuiltModel, strategy: Strategy, steps: int, rows: Tensor) -> list[float]:
-    optimizer = torch.optim.AdamW(built.trainable, lr=strategy.learning_rate)
-    losses = []
-    for step in range(steps):
-        ids = rows[2 * step % len(rows) :][:2]
-        result = training_step(
-            built.model,
-            built.base,
-            [MicroBatch(input_ids=ids, labels=ids)],
-            tokens=ids.numel() - len(ids),
-            strategy=strategy,
-            optimizer=optimizer,
-            scaler=make_scaler(strategy, CPU),
-            clip=lambda: nn.utils.clip_grad_norm_(built.trainable, 1.0),
-        )
-        losses.append(result.loss)
-    return losses
 
 
 def off_by(found: Tensor, expected: Tensor) -> float:
@@ -106,7 +86,7 @@ def test_frozen_linear_layers_alone_are_stored_in_float8() -> None:
 def test_losses_of_a_small_model_stay_near_those_of_16_bits() -> None:
     rows = make_tokens(4, 24)
     strategy = make_strategy("lora", weights_dtype="bf16", compute_dtype="bf16", learning_rate=1e-2)
-    plain, float8 = (train(build(float8=on), strategy, 20, rows) for on in (False, True))
+    plain, float8 = (train_rows(build(float8=on), strategy, 20, rows) for on in (False, True))
     assert plain[-1] < 0.7 * plain[0]
     assert float8 == pytest.approx(plain, rel=0.04)
     assert float8 != plain
@@ -122,7 +102,7 @@ def test_losses_of_a_real_model_stay_within_one_percent_of_those_of_16_bits() ->
             "lora", weights_dtype="bf16", compute_dtype="bf16", learning_rate=1e-3, float8=on, loss_head="fused"
         )
         torch.manual_seed(0)
-        found.append(train(build_model(folder, strategy, CPU), strategy, 10, rows))
+        found.append(train_rows(build_model(folder, strategy, CPU), strategy, 10, rows))
     assert found[0][-1] < 0.9 * found[0][0]
     assert found[1] == pytest.approx(found[0], rel=0.01)
 
@@ -132,7 +112,7 @@ def test_compiled_layers_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     torch._dynamo.reset()
     rows = make_tokens(2, 24)
     strategy = make_strategy("lora", weights_dtype="bf16", compute_dtype="bf16")
-    eager, compiled = (train(build(float8=True, compile=on), strategy, 2, rows) for on in (False, True))
+    eager, compiled = (train_rows(build(float8=True, compile=on), strategy, 2, rows) for on in (False, True))
     torch._dynamo.reset()
     assert compiled == pytest.approx(eager, rel=2e-3)
 

@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from small_models import build_small_model, make_strategy, make_tokens, save_small_model
 from small_runs import read_losses, run_recipe_file, write_recipe
+from small_steps import build_adapted, train_rows
 from test_rehearsal import CONV1D, FUSED, LLAMA, MIXTURE, list_sizes, predict, trace
 from test_rehearsal import make_strategy as make_planned
 from torch import Tensor, nn
 
-from fitune.planner.strategy import Strategy
 from fitune.recipes.errors import RunError
 from fitune.runtime.model import fused_adapters
 from fitune.runtime.model.build import BuiltModel, build_model
@@ -25,7 +25,7 @@ from fitune.runtime.model.embedded import load_embedded_model
 from fitune.runtime.model.fused_adapters import FusedLinear, FusedLinear4bit, fuse_adapters
 from fitune.runtime.rehearsal.time import list_works
 from fitune.runtime.training.losses import compute_loss
-from fitune.runtime.training.step import MicroBatch, autocast, make_scaler, training_step, uncast_adapter_inputs
+from fitune.runtime.training.step import autocast, uncast_adapter_inputs
 
 CPU = torch.device("cpu")
 LAYERS = 3
@@ -50,16 +50,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
-
-
-def build(folder: Path, method: str = "lora", **changes: Any) -> BuiltModel:
-    """A model whose adapters do something."""
-    torch.manual_seed(0)
-    built = build_model(folder, make_strategy(method, **changes), CPU)
-    for name, parameter in built.model.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=0.05)
-    return built
 
 
 def differentiate(built: BuiltModel, *, dtype: str = "fp32", micro_batches: int = 1) -> dict[str, Tensor]:
@@ -94,8 +84,8 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_outputs_and_gradients_are_those_of_peft(models: Path, model_type: str, method: str, checkpointed: int) -> None:
     changes = {"checkpointed_layers": checkpointed, "attention": "eager" if model_type == "gemma2" else "sdpa"}
-    expected = differentiate(build(models / model_type, method, **changes), micro_batches=2)
-    built = build(models / model_type, method, fused_adapters=True, **changes)
+    expected = differentiate(build_adapted(models / model_type, method, **changes), micro_batches=2)
+    built = build_adapted(models / model_type, method, fused_adapters=True, **changes)
     assert_alike(differentiate(built, micro_batches=2), expected)
     assert len(find_fused(built)) == (len(expected) - 1) // 2
 
@@ -106,10 +96,10 @@ def test_in_bf16_they_are_no_further_from_fp32_than_those_of_peft(
     models: Path, method: str, adapter_dtype: str
 ) -> None:
     """A low-rank product is rounded once less; the rest is the order of sums."""
-    exact = differentiate(build(models / "llama", method))
+    exact = differentiate(build_adapted(models / "llama", method))
     found = []
     for fused in (False, True):
-        built = build(models / "llama", method, fused_adapters=fused, adapter_dtype=adapter_dtype, **HALF)
+        built = build_adapted(models / "llama", method, fused_adapters=fused, adapter_dtype=adapter_dtype, **HALF)
         gradients = differentiate(built, dtype="bf16")
         assert {one.dtype for one in built.trainable} == {torch.float32 if adapter_dtype == "fp32" else torch.bfloat16}
         found.append(sum(off_by(gradients[name], exact[name]) for name in exact) / len(exact))
@@ -121,8 +111,8 @@ def test_in_bf16_they_are_no_further_from_fp32_than_those_of_peft(
 def test_compiled_layers_compute_the_same_in_one_graph_each(
     models: Path, method: str, checkpointed: int, graphs: Any
 ) -> None:
-    expected = differentiate(build(models / "qwen2", method))
-    built = build(models / "qwen2", method, fused_adapters=True, compile=True, checkpointed_layers=checkpointed)
+    expected = differentiate(build_adapted(models / "qwen2", method))
+    built = build_adapted(models / "qwen2", method, fused_adapters=True, compile=True, checkpointed_layers=checkpointed)
     assert_alike(differentiate(built), expected)
     assert graphs["stats"]["unique_graphs"] > 0 and not graphs["graph_break"]
 
@@ -136,15 +126,17 @@ def test_layers_that_read_the_same_input_are_computed_together(models: Path, mon
         return compute(layers, *rest)
 
     monkeypatch.setattr(fused_adapters, "_compute", note)
-    differentiate(build(models / "llama", fused_adapters=True))
+    differentiate(build_adapted(models / "llama", fused_adapters=True))
     assert counts == [3, 1, 2, 1] * LAYERS
     counts.clear()
-    differentiate(build(models / "llama", fused_adapters=True, adapter_targets=("v_proj", "q_proj", "lm_head")))
+    differentiate(build_adapted(models / "llama", fused_adapters=True, adapter_targets=("v_proj", "q_proj", "lm_head")))
     assert counts == [2] * LAYERS + [1]
 
 
 def test_a_layer_called_with_another_input_than_its_neighbour_is_computed_for_its_own(models: Path) -> None:
-    plain, fused = (build(models / "llama", fused_adapters=on).base.model.layers[0].self_attn for on in (False, True))
+    plain, fused = (
+        build_adapted(models / "llama", fused_adapters=on).base.model.layers[0].self_attn for on in (False, True)
+    )
     one, other = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
     for attention in (fused, plain):
         found = [attention.q_proj(one), attention.k_proj(other), attention.q_proj(other), attention.v_proj(other)]
@@ -154,7 +146,7 @@ def test_a_layer_called_with_another_input_than_its_neighbour_is_computed_for_it
 
 
 def test_evaluation_and_adapters_that_are_off_are_pefts(models: Path) -> None:
-    plain, fused = (build(models / "llama", fused_adapters=on) for on in (False, True))
+    plain, fused = (build_adapted(models / "llama", fused_adapters=on) for on in (False, True))
     ids = make_tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(fused.model(input_ids=ids).logits, plain.model(input_ids=ids).logits)
@@ -164,7 +156,7 @@ def test_evaluation_and_adapters_that_are_off_are_pefts(models: Path) -> None:
 
 
 def test_what_is_saved_and_merged_is_pefts(models: Path) -> None:
-    plain, fused = (build(models / "qwen2", fused_adapters=on) for on in (False, True))
+    plain, fused = (build_adapted(models / "qwen2", fused_adapters=on) for on in (False, True))
     states = [get_peft_model_state_dict(one.model) for one in (plain, fused)]
     assert states[0].keys() == states[1].keys()
     merged = [one.model.merge_and_unload() for one in (plain, fused)]  # type: ignore[operator]
@@ -205,7 +197,7 @@ def test_scales_of_the_adapters_own_config_hold() -> None:
 
 
 def test_weights_in_another_dtype_than_is_computed_in_stay_pefts(models: Path) -> None:
-    assert not find_fused(build(models / "llama", fused_adapters=True, compute_dtype="bf16"))
+    assert not find_fused(build_adapted(models / "llama", fused_adapters=True, compute_dtype="bf16"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -264,35 +256,15 @@ def test_an_adapter_that_cannot_be_fused_is_not_continued_with_a_plan_for_fused_
         run_recipe_file(recipe, fused_adapters=True)
 
 
-def train(built: BuiltModel, strategy: Strategy, steps: int) -> list[float]:
-    """Losses of steps on rows of random tokens, each seen several times."""
-    rows = torch.randint(1000, 20000, (8, 32), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(built.trainable, lr=strategy.learning_rate)
-    losses = []
-    for step in range(steps):
-        ids = rows[2 * step % len(rows) :][:2]
-        result = training_step(
-            built.model,
-            built.base,
-            [MicroBatch(input_ids=ids, labels=ids)],
-            tokens=ids.numel() - len(ids),
-            strategy=strategy,
-            optimizer=optimizer,
-            scaler=make_scaler(strategy, CPU),
-            clip=lambda: nn.utils.clip_grad_norm_(built.trainable, 1.0),
-        )
-        losses.append(result.loss)
-    return losses
-
-
 @pytest.mark.slow
 def test_a_real_models_loss_curve_in_bf16_stays_within_one_percent_over_sixty_steps() -> None:
     """Averaged over 20 steps each: single steps on random tokens differ by up to 2 % with the order of sums."""
+    rows = torch.randint(1000, 20000, (8, 32), generator=torch.Generator().manual_seed(0))
     found = []
     for fused in (False, True):
         strategy = make_strategy("lora", learning_rate=2e-4, fused_adapters=fused, loss_head="fused", **HALF)
         torch.manual_seed(0)
-        losses = train(build_model(load_embedded_model(), strategy, CPU), strategy, 60)
+        losses = train_rows(build_model(load_embedded_model(), strategy, CPU), strategy, 60, rows)
         found.append([sum(losses[start : start + 20]) / 20 for start in range(0, 60, 20)])
     assert found[0][-1] < 0.9 * found[0][0]
     assert found[1] == pytest.approx(found[0], rel=0.01)

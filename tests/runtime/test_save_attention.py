@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from small_models import make_strategy, make_tokens, save_small_model
+from small_models import make_tokens, save_small_model
 from small_runs import plan_recipe, read_losses, run_recipe_file, write_recipe
+from small_steps import build_adapted
 from test_rehearsal import LLAMA, predict, trace
 from test_rehearsal import make_strategy as make_planned
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fitune.runtime.model.attention import choose_kept
-from fitune.runtime.model.build import BuiltModel, build_model
+from fitune.runtime.model.build import BuiltModel
 from fitune.runtime.rehearsal.time import PHASES, list_works
 from fitune.runtime.training.losses import compute_loss
 from fitune.runtime.training.step import uncast_adapter_inputs
@@ -69,15 +70,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     torch._dynamo.reset()
 
 
-def build(folder: Path, method: str, **changes: Any) -> BuiltModel:
-    torch.manual_seed(0)
-    built = build_model(folder, make_strategy(method, **changes), CPU)
-    for name, parameter in built.model.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=0.05)
-    return built
-
-
 def train(
     built: BuiltModel, *, seed: int = 0, packed: bool = False, watched: bool = True
 ) -> tuple[dict[str, Tensor], int]:
@@ -114,7 +106,7 @@ def test_gradients_are_those_of_plain_checkpoints_and_attention_is_computed_once
     models: Path, model_type: str, method: str, changes: dict[str, Any], checkpointed: int, computed: int
 ) -> None:
     changes = {"checkpointed_layers": checkpointed, **changes}
-    plain, saving = (build(models / model_type, method, save_attention=on, **changes) for on in (False, True))
+    plain, saving = (build_adapted(models / model_type, method, save_attention=on, **changes) for on in (False, True))
     for seed in (0, 1):
         (expected, before), (found, after) = train(plain, seed=seed), train(saving, seed=seed)
         assert (before, after) == (computed, LAYERS)
@@ -125,7 +117,7 @@ def test_gradients_are_those_of_plain_checkpoints_and_attention_is_computed_once
 
 def test_packed_rows_attend_each_document_once(models: Path) -> None:
     changes = {"checkpointed_layers": LAYERS, "attention": "varlen", "packing": True}
-    plain, saving = (build(models / "llama", "full", save_attention=on, **changes) for on in (False, True))
+    plain, saving = (build_adapted(models / "llama", "full", save_attention=on, **changes) for on in (False, True))
     (expected, before), (found, after) = train(plain, packed=True), train(saving, packed=True)
     assert (before, after) == (2 * 5 * LAYERS, 5 * LAYERS)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -135,7 +127,7 @@ def test_packed_rows_attend_each_document_once(models: Path) -> None:
 def test_compiled_layers_keep_it_too(models: Path, graphs: dict[str, list[int]], method: str) -> None:
     results = []
     for on, again in ((False, 1), (True, 0)):
-        built = build(models / "llama", method, checkpointed_layers=LAYERS, compile=True, save_attention=on)
+        built = build_adapted(models / "llama", method, checkpointed_layers=LAYERS, compile=True, save_attention=on)
         results.append(train(built, watched=False)[0])
         assert graphs["forward"] and set(graphs["forward"]) == {1}
         assert graphs["backward"] and set(graphs["backward"]) == {again}
