@@ -11,10 +11,8 @@ import click
 from ..recipes.errors import FituneError
 from ..recipes.load import find_shipped_recipes
 from ..recipes.problems import find_nearest
+from .cli_shared import EXIT_ERROR, SET_OPTION, console
 from .redaction import redact
-from .shown import ShownConsole
-
-console = ShownConsole(highlight=False)
 
 
 class DataGroup(click.Group):
@@ -45,7 +43,7 @@ def data() -> None:
 
 @data.command(hidden=True)
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the recipe.")
+@SET_OPTION
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check the data of a recipe."""
@@ -57,13 +55,13 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     except FituneError as error:
         if as_json:
             click.echo(json.dumps({"recipe": recipe, "problems": redact(str(error)).splitlines()}))
-            sys.exit(1)
+            sys.exit(EXIT_ERROR)
         raise
     if as_json:
         click.echo(report.model_dump_json())
     else:
         render_data(report, console)
-    sys.exit(1 if report.problems else 0)
+    sys.exit(EXIT_ERROR if report.problems else 0)
 
 
 @data.command()

@@ -1,12 +1,33 @@
-"""Files that commands write where a person says so."""
+"""What the commands share: exit codes, consoles, options, and files that they write where a person says so."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+from rich.text import Text
 
 from ..recipes.errors import FituneError
+from .redaction import redact
+from .shown import ShownConsole, show_text
+
+EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING_FITS, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+console = ShownConsole(highlight=False)
+problems = ShownConsole(stderr=True, highlight=False)
+
+SET_OPTION = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Override a key of the recipe; may be repeated.",
+)
+
+
+def print_error(message: str) -> None:
+    """One error, on stderr."""
+    problems.print(Text.assemble(("error: ", "bold red"), show_text(redact(message))), soft_wrap=True)
 
 
 def check_written(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
