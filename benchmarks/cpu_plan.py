@@ -56,7 +56,7 @@ def _fix(method: str, *, dtype: str = "bf16", micro: int = 4, checkpointing: str
 
 
 CASES: dict[str, Case] = {
-    "quick start": Case(overrides=('budget.memory="2GiB"',)),
+    "quick start": Case(overrides=('budget.memory="1.6GiB"',)),
     "LoRA bf16, 1 row": Case(overrides=_fix("lora", micro=1)),
     "LoRA bf16, 8 rows": Case(overrides=_fix("lora", micro=8)),
     "LoRA fp32": Case(overrides=_fix("lora", dtype="fp32")),
@@ -104,13 +104,15 @@ def write_model(model_type: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fitune.runtime.model.embedded import load_embedded_model
+    from fitune.runtime.quiet import quiet_libraries
 
     embedded = load_embedded_model()
     like = AutoConfig.from_pretrained(embedded)
     kept = {name: getattr(like, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(model_type, tie_word_embeddings=True, **MODELS[model_type], **kept)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with quiet_libraries():
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     for one in embedded.iterdir():
         if one.name.startswith(("token", "special", "vocab", "merges", "chat_template")):
             shutil.copy(one, folder)

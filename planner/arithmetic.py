@@ -21,6 +21,10 @@ STATE8_MIN_ELEMENTS = 4096
 """Smaller tensors keep 32-bit states (bitsandbytes' min_8bit_size)."""
 PAGED_MIN_ELEMENTS = 100_000
 """Smaller state tensors are never paged (bitsandbytes' get_state_buffer)."""
+ROUNDED_ELEMENTS = {"cuda": 2**24, "cpu": 2**20}
+"""Elements of a bf16 weight that are updated at one time in fp32, where nothing is compiled. A choice: 64 MiB a buffer
+on a GPU. On a CPU buffers of 4 MiB stay in the heap: an embedding of 28 million takes 13 ns an element with AdamW and 6
+with 32-bit states, instead of 26 and 16."""
 
 
 def estimate_nf4_bytes(elements: int, *, double_quantization: bool) -> int:

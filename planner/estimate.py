@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from . import activations as act
 from .arithmetic import (
     NF4_BLOCK,
+    ROUNDED_ELEMENTS,
     count_trainable,
     estimate_adapter_bytes,
     estimate_gradient_bytes,
@@ -50,13 +51,11 @@ GUESS_FACTOR = 2
 COMPILED_MARGIN = 0.05
 """Share that is added to closed forms for compiled layers: Inductor's fusions are beyond them. A guess; the eight
 measured pairs are met without it."""
-STOCHASTIC_CHUNK = 2**24
-"""Elements that are rounded stochastically at one time."""
 STOCHASTIC_BYTES = 20
-"""Of each: weight, gradient and two moments in fp32, and 4 bytes of noise."""
+"""Of each element that is rounded stochastically: weight, gradient and two moments in fp32, and 4 bytes of noise."""
 CPU_UPDATE_BYTES = {"adamw_8bit": 20, "paged_adamw_8bit": 20, "adamw_32bit": 12, "paged_adamw": 12}
 """Of an element, that bitsandbytes' optimizers take on a CPU in fp32 while they update: the gradient, its divisor and a
-step towards that; with 8 bits the two states, too (backends/cpu/ops.py, 0.50). A tensor at a time, or 16 Mi elements
+step towards that; with 8 bits the two states, too (backends/cpu/ops.py, 0.50). A tensor at a time, or ROUNDED_ELEMENTS
 where they are rounded stochastically, with the weight and the gradient in fp32 beside them."""
 
 
@@ -260,20 +259,20 @@ def _load_temporary(shape: ModelShape, strategy: Strategy) -> int:
 
 
 def _optimizer_temporary(shape: ModelShape, strategy: Strategy, device: Device) -> int:
-    """Fused AdamW and bitsandbytes update in place, but for the latter on a CPU. Stochastic rounding works on 16 Mi
-    elements at a time, but in AdamW's compiled update; Adafactor needs the update and its square of the largest tensor
-    in fp32, and two fp32 copies where it rounds stochastically.
+    """Fused AdamW and bitsandbytes update in place, but for the latter on a CPU. Stochastic rounding works on
+    ROUNDED_ELEMENTS at a time, but in AdamW's compiled update; Adafactor needs the update and its square of the largest
+    tensor in fp32, and two fp32 copies where it rounds stochastically.
     """
     largest = max(elements for elements, _ in list_trainable_tensors(shape, strategy))
-    is_stochastic = strategy.rounding == "stochastic"
+    is_stochastic, part = strategy.rounding == "stochastic", min(ROUNDED_ELEMENTS[device.kind], largest)
     if strategy.optimizer == "adafactor":
         return (16 if is_stochastic else 8) * largest
     if device.kind == "cpu" and strategy.optimizer in CPU_UPDATE_BYTES:
         each = CPU_UPDATE_BYTES[strategy.optimizer]
-        return (each + 8) * min(STOCHASTIC_CHUNK, largest) if is_stochastic else each * largest
+        return (each + 8) * part if is_stochastic else each * largest
     if not is_stochastic or strategy.compiles_update:
         return 0
-    return STOCHASTIC_BYTES * min(STOCHASTIC_CHUNK, largest)
+    return STOCHASTIC_BYTES * part
 
 
 def _estimate_merged_bytes(shape: ModelShape, strategy: Strategy) -> int:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .activations import CHUNK_ROWS, StepShape, estimate_kept_bytes
-from .arithmetic import count_trainable, estimate_nf4_bytes, list_trainable_tensors, trainable_dtype
+from .arithmetic import (
+    ROUNDED_ELEMENTS,
+    count_trainable,
+    estimate_nf4_bytes,
+    list_trainable_tensors,
+    trainable_dtype,
+)
 from .model_shape import BlockShape, LinearShape, ModelShape
 from .rates import CLIP_CALLS, COMPILED_UPDATE_CALLS, UPDATE_CALLS
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
@@ -86,7 +92,6 @@ SMALL_KERNELS = 2
 """Beside that update's own kernel, for each tensor: the seed's and the step counter's."""
 STOCHASTIC_BYTES = 48
 """Bytes that rounding one fp32 tensor stochastically moves for an element."""
-CHUNK_ELEMENTS = 2**24
 GROUP_CALLS = 10
 """Of clipping, and of updates in backward for each group, whatever their tensors."""
 GROUPS_BESIDE = 3
@@ -336,7 +341,7 @@ def estimate_update_work(
     """
     width = DTYPE_BYTES[dtype]
     elements, number = sum(size * count for size, count in tensors), sum(count for _, count in tensors)
-    parts = sum(count * -(-size // CHUNK_ELEMENTS) for size, count in tensors)
+    parts = sum(count * -(-size // ROUNDED_ELEMENTS["cuda"]) for size, count in tensors)
     name, rounds = strategy.optimizer, strategy.rounding == "stochastic" and dtype == "bf16"
     calls, state = UPDATE_CALLS[name] * number, MOVED_BYTES.get(name)
     if name == "adamw":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...planner.arithmetic import PAGED_MIN_ELEMENTS, STATE8_BLOCK, STATE8_MIN_ELEMENTS
+from ...planner.arithmetic import PAGED_MIN_ELEMENTS, ROUNDED_ELEMENTS, STATE8_BLOCK, STATE8_MIN_ELEMENTS
 from ...planner.strategy import Strategy
-from ..training.optimizers import CHUNK_ELEMENTS
 from .model import TensorSpec
 from .replay import Replay
 
@@ -53,7 +52,7 @@ def replay_optimizer(
         if name == "adafactor":
             _replay_adafactor(replay, spec, stochastic=stochastic)
         elif stochastic and spec.width == 2 and not strategy.compiles_update:
-            part = min(spec.elements, CHUNK_ELEMENTS)
+            part = min(spec.elements, ROUNDED_ELEMENTS["cuda"])
             replay.temporary((16 + 4) * part)
 
 

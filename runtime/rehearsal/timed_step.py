@@ -18,7 +18,7 @@ from ...planner.strategy import Strategy, Value
 from ..data.batches import count_starts
 from ..machine.host import keep_heap_tight, measure_waiting_seconds, trim_heap
 from ..training.evaluate import sum_losses
-from ..training.in_backward import UpdatesInBackward
+from ..training.in_backward import UpdatesInBackward, narrowed
 from ..training.optimizers import make_optimizer
 from ..training.step import MicroBatch, autocast, make_scaler, training_step
 from .collector import collector_paused
@@ -119,15 +119,15 @@ def _time_step(
     waiting = (measure_waiting_seconds() - waited) / (time.perf_counter() - begin)
     whole = partial(_extend, model)
     forward, backward = whole(trained, "forward"), whole(trained, "backward")
-    share = sum(spec.elements for spec in model.trainable) / sum(map(Tensor.numel, _list_trainable(model)))
+    elements = sum(spec.elements for spec in model.trainable) / sum(map(Tensor.numel, _list_trainable(model)))
     accumulates = strategy.gradient_accumulation_steps > 1
     return StepSeconds(
         forward=forward,
         backward=backward,
         next_forward=whole(trained, "next forward") if accumulates else forward,
         next_backward=whole(trained, "next backward") if accumulates else backward,
-        clip=share * trained.get("clip", 0.0),
-        optimizer=share * trained.get("optimizer", 0.0),
+        clip=elements * trained.get("clip", 0.0),
+        optimizer=whole(trained, "optimizer"),
         evaluation=whole(evaluated, "evaluate"),
         token=None if token is None else whole(token, "answer"),
         waiting=max(waiting, 0.0),
@@ -183,7 +183,30 @@ def _time_training(model: RehearsalModel, strategy: Strategy, batch: MicroBatch)
             enter_phase=watch.enter_phase,
         )
 
-    return _time_sections(model, step, "forward")
+    seconds = _time_sections(model, step, "forward")
+    return seconds if updates else seconds | _time_updates(model, optimizer)
+
+
+def _time_updates(model: RehearsalModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Of each layer, and of what lies outside of them: an element of a large embedding takes longer than a layer's."""
+    groups = [[one for one in layer.parameters() if one.requires_grad] for layer in model.layers]
+    in_layers = {one for group in groups for one in group}
+    groups.append([one for one in _list_trainable(model) if one not in in_layers])
+    names = [*(f"optimizer {layer}" for layer in range(len(model.layers))), "optimizer"]
+
+    def update(watch: _Stopwatch) -> None:
+        for name, group in zip(names, groups, strict=True):
+            for parameter in group:
+                parameter.grad = torch.zeros_like(parameter)
+            if group:
+                with narrowed(optimizer, group):
+                    watch.enter(name)
+                    optimizer.step()
+                watch.enter("gradients")
+            for parameter in group:
+                parameter.grad = None
+
+    return _time_sections(model, update, "forward")
 
 
 def _evaluate(model: RehearsalModel, strategy: Strategy, ids: Tensor, watch: _Stopwatch) -> None:

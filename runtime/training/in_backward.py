@@ -55,7 +55,7 @@ class UpdatesInBackward:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True).float()
         self._norm = norm if self._norm is None else torch.hypot(self._norm, norm)
         del gradients
-        with _narrowed(self._optimizer, group):
+        with narrowed(self._optimizer, group):
             step_if_finite(self._optimizer, self._norm)
         for parameter in group:
             parameter.grad = None
@@ -74,8 +74,8 @@ def group_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> list[list
 
 
 @contextlib.contextmanager
-def _narrowed(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, the optimizer knows of no other parameters."""
+def narrowed(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the optimizer knows of no parameters but these."""
     groups, kept = optimizer.param_groups, set(parameters)
     narrow = [{**group, "params": [one for one in group["params"] if one in kept]} for group in groups]
     optimizer.param_groups = [group for group in narrow if group["params"]]

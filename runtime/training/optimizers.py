@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ...planner.arithmetic import ROUNDED_ELEMENTS
 from .compiled_adamw import compile_update, fold
 from .rounding import round_stochastically
-
-CHUNK_ELEMENTS = 2**24
-"""Elements of a weight that are updated at one time in fp32: bounds the temporaries to 64 MiB a buffer."""
 
 
 def make_optimizer(
@@ -78,9 +76,11 @@ def _make_bitsandbytes(name: str, groups: list[dict[str, Any]], lr: float, stoch
     return kind(groups, lr=lr)  # type: ignore[no-any-return]
 
 
-def _chunks(elements: int) -> Iterator[slice]:
-    for start in range(0, elements, CHUNK_ELEMENTS):
-        yield slice(start, min(start + CHUNK_ELEMENTS, elements))
+def _list_parts(parameter: Tensor) -> Iterator[slice]:
+    """The parts of a weight that are updated one after the other."""
+    elements, most = parameter.numel(), ROUNDED_ELEMENTS["cpu" if parameter.device.type == "cpu" else "cuda"]
+    for start in range(0, elements, most):
+        yield slice(start, min(start + most, elements))
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -147,7 +147,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             tensors, gradient, counter = self._find_state(parameter)
             kept, gradient, before = [tensor.view(-1) for tensor in tensors], gradient.reshape(-1), counter.clone()
-            for part in _chunks(parameter.numel()):
+            for part in _list_parts(parameter):
                 exact = [tensor[part].float() for tensor in kept]
                 counter.copy_(before)
                 adamw(
@@ -185,7 +185,7 @@ class _StochasticRounding:
         p.data = p.data.contiguous()
         assert p.grad is not None, "bitsandbytes updates parameters with gradients only"
         gradient, step = p.grad.reshape(-1), state["step"]
-        for part in _chunks(p.numel()):
+        for part in _list_parts(p):
             piece = nn.Parameter(p.data.view(-1)[part].float(), requires_grad=False)
             piece.grad = gradient[part].float()
             self.state[piece] = _slice_state(state, part, step)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fitune.runtime.training import optimizers
+from fitune.planner.arithmetic import ROUNDED_ELEMENTS
 from fitune.runtime.training.in_backward import UpdatesInBackward
 from fitune.runtime.training.optimizers import make_optimizer
 from fitune.runtime.training.rounding import round_stochastically
@@ -84,10 +84,10 @@ def test_a_tensor_updated_in_chunks_gets_the_update_of_the_whole(name: str, monk
     def cut(target: Tensor, exact: Tensor) -> None:
         target.copy_(exact)
 
-    monkeypatch.setattr(optimizers, "round_stochastically", cut)
+    monkeypatch.setattr("fitune.runtime.training.optimizers.round_stochastically", cut)
 
     def train(chunk_elements: int) -> Tensor:
-        monkeypatch.setattr(optimizers, "CHUNK_ELEMENTS", chunk_elements)
+        monkeypatch.setitem(ROUNDED_ELEMENTS, "cpu", chunk_elements)
         regression = Regression(torch.bfloat16)
         regression.train(name, rounding="stochastic", steps=4, learning_rate=0.05)
         return regression.model.weight.detach()
