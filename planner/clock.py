@@ -12,7 +12,7 @@ from .catalog import find_gpu
 from .kept import KeptForms
 from .memory import Memory
 from .rates import OPERATION_SECONDS, make_gpu_rates
-from .run_time import RunFacts, estimate_run_parts, estimate_startup_parts
+from .run_time import LoadFacts, RunFacts, estimate_run_parts, estimate_startup_parts
 from .shape import ModelShape
 from .speed import (
     PhaseTime,
@@ -23,6 +23,7 @@ from .speed import (
     join_phases,
     make_speed,
     make_step_time,
+    queue_phases,
     shorten,
 )
 from .step_cost import estimate_micro_batch_work, estimate_model_flops, estimate_shape_update_work, host_waits
@@ -169,6 +170,13 @@ def fit_to_rows(clock: Clock, device: Device, data: DataFacts) -> Clock:
     return fit
 
 
+def queue_steps(clock: Clock, device: Device) -> Clock:
+    """A clock for steps whose host runs ahead of the device, from one for steps whose phases are waited for."""
+    if not find_order_rates(device).overlaps:
+        return clock
+    return cache(lambda strategy: queue_phases(clock(strategy), strategy.gradient_accumulation_steps))
+
+
 def make_row_clock(shape: ModelShape, device: Device, data: DataFacts, *, kept: KeptForms | None = None) -> Clock:
     """The closed forms as a clock for rows as long as the dataset's; kept: of this model and these rows."""
     length, documents = data.longest_row_tokens, data.document_tokens
@@ -191,16 +199,16 @@ class Timer:
         quick: Clock,
         exact: Clock | None,
         steps: int | None,
-        weight_file_bytes: int,
+        model: LoadFacts,
         data: DataFacts,
     ) -> None:
         """quick, exact: clocks for rows as long as the dataset's"""
-        self.steps, self._quick, self._exact = steps, quick, exact
-        self._device, self._weight_file_bytes = device, weight_file_bytes
+        self.steps, self._device, self._model = steps, device, model
+        self._quick, self._exact = queue_steps(quick, device), exact and queue_steps(exact, device)
         self._seconds: dict[Strategy, float] = {}
         self._facts: RunFacts | None = None
         if steps is not None:
-            self._facts = RunFacts(recipe=recipe, data=data, steps=steps, weight_file_bytes=weight_file_bytes)
+            self._facts = RunFacts(recipe=recipe, data=data, steps=steps, model=model)
         self._price_per_hour, hours = recipe.budget.price_per_hour, recipe.budget.max_hours
         self.limit_seconds = None if hours is None else 3600 * hours
 
@@ -210,7 +218,7 @@ class Timer:
 
     def rehearse(self, strategy: Strategy) -> StepTime:
         """A step as exactly as it can be had; TraceError where the model cannot be rehearsed."""
-        return self._quick(strategy) if self._exact is None else self._exact(strategy)
+        return (self._exact or self._quick)(strategy)
 
     def page(self, time: StepTime, memory: Memory) -> StepTime:
         """See add_paging."""
@@ -227,8 +235,8 @@ class Timer:
         return None if self.steps is None or self._device.rates is None else self.estimate_seconds(strategy)
 
     def estimate_startup_seconds(self, strategy: Strategy) -> float:
-        """Reading the weights, and compiling layers or kernels."""
-        return sum(part.seconds for part in estimate_startup_parts(strategy, self._weight_file_bytes))
+        """Loading the model, and compiling layers or kernels."""
+        return sum(part.seconds for part in estimate_startup_parts(self._model, strategy))
 
     def rank_seconds(self, strategy: Strategy, time: StepTime) -> float:
         """What candidates are compared by: startup and all steps, or ASSUMED_STEPS where their number is not known."""

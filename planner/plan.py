@@ -31,13 +31,13 @@ from .host import lay_host
 from .kept import KeptForms, make_closed_form_measure
 from .logs import estimate_log_bytes
 from .memory import Estimator, Memory
-from .run_time import count_evaluations
+from .run_time import LoadFacts, count_evaluations
 from .search import Candidate, Found, Measure, find_alike, list_budgets, search, walk_methods
 from .shape import ModelShape
 from .show.reasons import describe_lateness, describe_rejection, find_largest_term
 from .speed import Speed
 from .strategy import DataFacts, Device, Strategy, Value
-from .widths import estimate_distinct_widths
+from .widths import count_evaluated_widths, estimate_distinct_widths
 
 STORED_BYTES = 2
 """Of a parameter in a checkpoint on a hub, where its files are not here to be measured."""
@@ -212,7 +212,11 @@ def make_timer(inputs: PlanInputs, clock: Clock | None, *, kept: KeptForms | Non
         quick=make_row_clock(shape, inputs.device, inputs.data, kept=kept),
         exact=clock,
         steps=count_planned_steps(recipe, inputs.data.rows),
-        weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
+        model=LoadFacts(
+            shape=shape,
+            weight_file_bytes=inputs.stored_bytes or STORED_BYTES * shape.parameters,
+            on_cpu=inputs.device.kind == "cpu",
+        ),
         data=inputs.data,
     )
 
@@ -242,6 +246,7 @@ def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
             weights=weights,
             stored_bytes=inputs.stored_bytes,
             widths=estimate_distinct_widths(inputs.data, strategy, steps=steps),
+            evaluated_widths=count_evaluated_widths(inputs.data, strategy),
         )
 
     return complete

@@ -44,24 +44,28 @@ def estimate_own_bytes(device: Device) -> int:
     return PROCESS_BYTES + (TRITON_BYTES if device.has_triton else 0)
 
 
-def estimate_used_bytes(shape: ModelShape, strategy: Strategy, device: Device, *, widths: float) -> int:
+def estimate_used_bytes(
+    shape: ModelShape, strategy: Strategy, device: Device, *, widths: float, evaluated_widths: float = 0
+) -> int:
     """The process in its steps and after them, beside its tensors and its heap's free blocks.
 
-    widths: distinct widths of micro-batches in the run, 1 or more
+    widths:           distinct widths of micro-batches in the run, 1 or more
+    evaluated_widths: that evaluations alone meet, 0 or more
     """
-    products = estimate_product_bytes(shape, strategy, widths=widths)
+    products = estimate_product_bytes(shape, strategy, widths=widths, evaluated_widths=evaluated_widths)
     return estimate_own_bytes(device) + FIRST_USE_BYTES + products
 
 
-def estimate_product_bytes(shape: ModelShape, strategy: Strategy, *, widths: float) -> int:
+def estimate_product_bytes(shape: ModelShape, strategy: Strategy, *, widths: float, evaluated_widths: float = 0) -> int:
     """What oneDNN keeps of products of 16 bits: of each width of a micro-batch, every shape of a product."""
     if strategy.compute_dtype != "bf16":  # others are MKL's, which generates nothing
         return 0
     products = widths * count_product_shapes(shape, strategy)
+    products += evaluated_widths * count_product_shapes(shape, strategy, forward_only=True)
     return int(products * KERNEL_BYTES + min(products, CACHED_PRIMITIVES) * PRIMITIVE_BYTES)
 
 
-def count_product_shapes(shape: ModelShape, strategy: Strategy) -> int:
+def count_product_shapes(shape: ModelShape, strategy: Strategy, *, forward_only: bool = False) -> int:
     """Products of different shapes in a step: forward, gradient of the input, gradient of the weight if it is trained.
 
     A linear layer and an adapter's two matrices: [tokens, inputs] by [inputs, outputs] and back, and [outputs, tokens]
@@ -76,7 +80,7 @@ def count_product_shapes(shape: ModelShape, strategy: Strategy) -> int:
         trained = set(_list_adapter_sizes(adapted, rank))
         if strategy.fused_adapters:
             trained |= set(_list_joint_sizes(adapted, rank))
-    return 2 * len(sizes | trained) + len(trained)
+    return len(sizes | trained) if forward_only else 2 * len(sizes | trained) + len(trained)
 
 
 def _list_adapter_sizes(linears: Iterable[LinearShape], rank: int) -> Iterable[tuple[int, int]]:

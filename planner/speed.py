@@ -2,11 +2,13 @@
 
 An operation takes the longest of its arithmetic, its traffic and, where a kernel is known to be bound by them, its
 instructions: max(operations / matrix rate, bytes / bandwidth, instructions / issue rate). Where
-the host runs ahead of the device, a phase takes the longer of what the device computes and what the host starts.
+the host runs ahead of the device, a phase takes the longer of what the device computes and what the host starts, and
+what the host starts early takes nothing.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,6 +29,8 @@ ATTENTION_BACKWARD_FACTOR = 2.5
 """Products of attention's backward for each of its forward: scores again, and four gradients, beside two."""
 MICRO_BATCH_PHASES = ("forward", "backward")
 """Phases that every micro-batch has; the others come once a step."""
+ROUNDS_UNTIL_ALIKE = 3
+"""From this micro-batch on each adds as much as the one before: by how much the host is ahead grows or does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +87,16 @@ class PhaseTime(Value):
     name:           forward, backward, clip or optimizer
     device_seconds: what the device computes
     host_seconds:   what the host takes to start it
-    seconds:        the longer of the two; on a CPU, where nothing overlaps, their sum
+    seconds:        by how much the phase makes the step longer: alone the longer of the two; on a CPU, where nothing
+                    overlaps, their sum; less where the host had started it before the device came to it
+    waits:          whether the host waits for the device in it, again and again
     """
 
     name: str
     device_seconds: float = Field(ge=0)
     host_seconds: float = Field(ge=0)
     seconds: float = Field(ge=0)
+    waits: bool = False
 
 
 class RunPart(Value):
@@ -145,7 +152,9 @@ def shorten(time: StepTime, rates: Rates, *, width_share: float, token_share: fl
             return phase
         device = width_share * phase.device_seconds
         seconds = max(device, phase.host_seconds) if rates.overlaps else device + phase.host_seconds
-        return PhaseTime(name=phase.name, device_seconds=device, host_seconds=phase.host_seconds, seconds=seconds)
+        if phase.waits:
+            seconds = phase.seconds - phase.device_seconds + device
+        return phase.model_copy(update={"device_seconds": device, "seconds": seconds})
 
     return replace(
         time,
@@ -153,6 +162,42 @@ def shorten(time: StepTime, rates: Rates, *, width_share: float, token_share: fl
         tokens=max(1, round(token_share * time.tokens)),
         flops=token_share * time.flops,
     )
+
+
+def queue_phases(time: StepTime, micro_batches: int) -> StepTime:
+    """A step in which the host waits for the device at its end alone, as fitune's does, and runs ahead before that.
+
+    What the host starts while the device has work left takes no time of its own: the update of many small tensors, as
+    a rule. From each phase to the next, h and d being when the host has started all and when the device is done:
+    h' = h + host_seconds,  d' = max(d + device_seconds, h'). A phase that waits begins when both are done.
+
+    time:          each phase alone, of a device whose host runs ahead
+    micro_batches: that forward and backward alternate for
+    """
+    host = device = 0.0
+    seconds: dict[str, float] = defaultdict(float)
+
+    def queue(phase: PhaseTime, share: float, times: float = 1.0) -> None:
+        nonlocal host, device
+        before = device
+        if phase.waits:
+            device = max(host, device) + share * phase.seconds
+            host = device
+        else:
+            host += share * phase.host_seconds
+            device = max(device + share * phase.device_seconds, host)
+        seconds[phase.name] += times * (device - before)
+
+    repeated = [phase for phase in time.phases if phase.name in MICRO_BATCH_PHASES]
+    rounds = min(micro_batches, ROUNDS_UNTIL_ALIKE)
+    for number in range(rounds):
+        for phase in repeated:
+            queue(phase, 1 / micro_batches, 1.0 if number < rounds - 1 else micro_batches - rounds + 1.0)
+    for phase in time.phases:
+        if phase.name not in MICRO_BATCH_PHASES:
+            queue(phase, 1.0)
+    phases = tuple(phase.model_copy(update={"seconds": seconds[phase.name]}) for phase in time.phases)
+    return replace(time, phases=phases)
 
 
 class Speed(Value):
@@ -222,13 +267,13 @@ def _pick_kernels(work: Work, rates: Rates) -> AttentionKernels:
 def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> PhaseTime:
     """A phase, done once. Where the host waits for its operations one by one, their times add up, as on a CPU."""
     device = host = 0.0
-    overlaps = rates.overlaps
+    waits = False
     for work in works:
-        overlaps = overlaps and not work.waits
+        waits = waits or work.waits
         device += work.times * estimate_operation_seconds(work, rates)
         host += work.times * work.calls * HOST_PRICES[work.host] * rates.operation_seconds
-    seconds = max(device, host) if overlaps else device + host
-    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
+    seconds = max(device, host) if rates.overlaps and not waits else device + host
+    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds, waits=waits)
 
 
 def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates, *, waits: bool) -> PhaseTime:
@@ -238,7 +283,7 @@ def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates, *, waits: 
     seconds = max(device, host) if rates.overlaps else device + host
     if waits:
         seconds = sum(one.seconds for one in joined)
-    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds)
+    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds, waits=waits)
 
 
 def make_step_time(
@@ -260,6 +305,7 @@ def make_step_time(
             device_seconds=micro_batches * phase.device_seconds,
             host_seconds=micro_batches * phase.host_seconds,
             seconds=micro_batches * phase.seconds,
+            waits=phase.waits,
         )
         for phase in micro_batch.values()
     )

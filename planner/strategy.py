@@ -114,6 +114,7 @@ class DataFacts(Value):
     documents_per_row: the most documents of a packed row, its padding as one; None where they are not known
     document_tokens: of the document that a token of a packed row is in, on average; None where they are not known
     eval_rows, forgetting_rows: that are evaluated, 0 where they are not known
+    eval_row_tokens, forgetting_row_tokens: as row_tokens, of these; None where they are not known
     has_question:    whether a held-out conversation is answered before and after training
     source:          a phrase for people: `tokenised` or why max_length is assumed
     """
@@ -125,6 +126,8 @@ class DataFacts(Value):
     document_tokens: float | None = Field(default=None, ge=1)
     eval_rows: int = Field(default=0, ge=0)
     forgetting_rows: int = Field(default=0, ge=0)
+    eval_row_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
+    forgetting_row_tokens: tuple[int, ...] | None = Field(default=None, min_length=1)
     has_question: bool = False
     source: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from math import ceil
 
 from .strategy import DataFacts, Strategy
@@ -31,3 +32,18 @@ def estimate_distinct_widths(data: DataFacts, strategy: Strategy, *, steps: int 
         widths = Counter(padded_width(tokens, max_length=data.longest_row_tokens) for tokens in data.row_tokens)
         shares = Counter(count / widths.total() for count in widths.values())
     return sum(count * (1.0 if drawn is None else 1 - (1 - share) ** drawn) for share, count in shares.items())
+
+
+def count_evaluated_widths(data: DataFacts, strategy: Strategy) -> int:
+    """Widths that evaluations alone meet: of micro-batches of held-out rows, longest first, of a question and of each
+    token of its answer. 0 where the lengths of the training rows are not known, whose widths are many."""
+    if data.row_tokens is None:
+        return 0
+    trained = {padded_width(tokens, max_length=data.longest_row_tokens) for tokens in data.row_tokens}
+    return len(set(_iterate_evaluated_widths(data, strategy)) - trained) + (2 if data.has_question else 0)
+
+
+def _iterate_evaluated_widths(data: DataFacts, strategy: Strategy) -> Iterator[int]:
+    for row_tokens in (data.eval_row_tokens, data.forgetting_row_tokens):
+        for tokens in (row_tokens or ())[:: -strategy.micro_batch_size]:
+            yield padded_width(tokens, max_length=data.longest_row_tokens)

@@ -125,6 +125,8 @@ class Job:
             document_tokens=average_document_tokens(self.data.train.rows),
             eval_rows=len(self.data.eval or ()),
             forgetting_rows=len(self.data.forgetting or ()),
+            eval_row_tokens=pick_row_tokens(self.data.eval.rows) if self.data.eval else None,
+            forgetting_row_tokens=pick_row_tokens(self.data.forgetting.rows) if self.data.forgetting else None,
             has_question=any(row.messages is not None for row in self.data.eval_rows),
             source="the longest row, tokenised",
         )

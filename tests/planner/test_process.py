@@ -18,7 +18,7 @@ from fitune.planner.process import (
     estimate_product_bytes,
 )
 from fitune.planner.strategy import DataFacts, Device, Strategy
-from fitune.planner.widths import WIDTH_MULTIPLE, estimate_distinct_widths
+from fitune.planner.widths import WIDTH_MULTIPLE, count_evaluated_widths, estimate_distinct_widths
 
 MODEL = "smollm2-135m-instruct"
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=128).map(lambda one: tuple(sorted(one)))
@@ -97,6 +97,23 @@ def test_packed_rows_have_one_width_and_unknown_ones_many() -> None:
     packed = make_strategy("lora", packing=True)
     assert estimate_distinct_widths(facts_of(None), packed, steps=None) == 1
     assert estimate_distinct_widths(facts_of(None), make_strategy("lora"), steps=None) == 512 / WIDTH_MULTIPLE / 2
+
+
+def test_evaluations_meet_widths_of_their_own_where_training_rows_are_packed() -> None:
+    held_out = {"eval_row_tokens": (20, 40, 41, 90), "has_question": True}
+    packed = facts_of((512,)).model_copy(update=held_out)
+    one, two = (make_strategy("lora", packing=True, micro_batch_size=rows) for rows in (1, 2))
+    assert count_evaluated_widths(packed, one) == len({24, 40, 48, 96}) + 2
+    assert count_evaluated_widths(packed, two) == len({96, 40}) + 2
+    plain = facts_of((20, 40, 96, 512)).model_copy(update=held_out)
+    assert count_evaluated_widths(plain, one) == len({48}) + 2
+    assert count_evaluated_widths(facts_of(None), one) == 0
+    shape = find_shape(MODEL)
+    evaluated, trained = (
+        estimate_product_bytes(shape, one, widths=1 + more, evaluated_widths=1 - more) for more in (0, 1)
+    )
+    unmet = estimate_product_bytes(shape, one, widths=1)
+    assert evaluated - unmet == pytest.approx((5 + 5) / 25 * (trained - unmet), abs=2)
 
 
 def test_the_pages_of_a_file_that_is_converted_are_resident_but_not_required() -> None:

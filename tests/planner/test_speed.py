@@ -16,7 +16,15 @@ from fitune.planner.clock import estimate_widths, make_closed_form_clock
 from fitune.planner.estimate import estimate_memory
 from fitune.planner.plan import Plan, make_plan
 from fitune.planner.rates import ATTENTION_SHARES, make_gpu_rates
-from fitune.planner.speed import StepTime, Work, estimate_operation_seconds, estimate_phase_time
+from fitune.planner.speed import (
+    PhaseTime,
+    StepTime,
+    Work,
+    estimate_operation_seconds,
+    estimate_phase_time,
+    make_step_time,
+    queue_phases,
+)
 from fitune.planner.step_cost import estimate_model_flops
 from fitune.planner.strategy import Device
 
@@ -77,6 +85,62 @@ def test_a_phase_waits_for_the_slower_of_host_and_device() -> None:
     alone = RATES.model_copy(update={"overlaps": False})
     serial = estimate_phase_time("forward", works, alone)
     assert serial.seconds == pytest.approx(serial.device_seconds + serial.host_seconds)
+
+
+def queue(phases: dict[str, tuple[float, float]], *, waiting: str = "", micro_batches: int = 1) -> dict[str, float]:
+    """Seconds by phase of a step in which the host runs ahead; phases: (device, host) seconds of a micro-batch."""
+    made = {
+        name: PhaseTime(
+            name=name,
+            device_seconds=device,
+            host_seconds=host,
+            seconds=device + host if name == waiting else max(device, host),
+            waits=name == waiting,
+        )
+        for name, (device, host) in phases.items()
+    }
+    update = {name: made.pop(name) for name in ("clip", "optimizer") if name in made}
+    time = make_step_time(made, update, micro_batches, tokens=1, flops=1.0, estimator="rehearsal")
+    return {phase.name: phase.seconds for phase in queue_phases(time, micro_batches).phases}
+
+
+def test_what_the_host_starts_while_the_device_is_busy_takes_no_time_of_its_own() -> None:
+    step = {"forward": (10.0, 1.0), "backward": (20.0, 2.0), "clip": (0.5, 3.0), "optimizer": (0.25, 4.0)}
+    assert queue(step) == {"forward": 10.0, "backward": 20.0, "clip": 0.5, "optimizer": 0.25}
+    late = queue(step | {"optimizer": (0.25, 26.0)})
+    assert late == {"forward": 10.0, "backward": 20.0, "clip": 0.5, "optimizer": 1.5}
+
+
+def test_an_update_that_waits_for_the_device_hides_nothing() -> None:
+    step = {"forward": (10.0, 1.0), "backward": (20.0, 2.0), "optimizer": (0.25, 4.0)}
+    assert queue(step, waiting="optimizer")["optimizer"] == 4.25
+
+
+phase_seconds = st.tuples(*[st.floats(0, 10)] * 2)
+
+
+@given(st.tuples(*[phase_seconds] * 4), st.sampled_from(["", "optimizer"]), st.integers(1, 12))
+def test_a_host_that_runs_ahead_spares_time_and_no_work(
+    phases: tuple[tuple[float, float], ...], waiting: str, micro_batches: int
+) -> None:
+    step = dict(zip(("forward", "backward", "clip", "optimizer"), phases, strict=True))
+    found = sum(queue(step, waiting=waiting, micro_batches=micro_batches).values())
+    times = {name: micro_batches if name in ("forward", "backward") else 1 for name in step}
+    device, host = (sum(times[name] * pair[which] for name, pair in step.items()) for which in (0, 1))
+    alone = sum(times[name] * (sum(pair) if name == waiting else max(pair)) for name, pair in step.items())
+    assert max(device, host) - 1e-6 <= found <= alone + 1e-6
+
+
+@given(st.tuples(*[phase_seconds] * 2), st.integers(1, 12))
+def test_many_micro_batches_are_counted_as_if_one_by_one(
+    phases: tuple[tuple[float, float], ...], micro_batches: int
+) -> None:
+    host = device = 0.0
+    for busy, starting in phases * micro_batches:
+        host += starting
+        device = max(device + busy, host)
+    step = dict(zip(("forward", "backward"), phases, strict=True))
+    assert sum(queue(step, micro_batches=micro_batches).values()) == pytest.approx(device, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +314,24 @@ def test_the_time_of_a_run_counts_evaluations_and_answers() -> None:
     assert list_part_seconds({"has_question": True})["evaluate"] > 0.1
 
 
+def test_held_out_rows_that_are_shorter_than_the_training_rows_take_less_time() -> None:
+    def evaluate(**tokens: tuple[int, ...]) -> float:
+        facts = {"eval_rows": 64, "forgetting_rows": 64} | tokens
+        return list_part_seconds(facts, data={"train": "x", "eval": "y", "max_length": 1024})["evaluate"]
+
+    assert evaluate(eval_row_tokens=(1024,)) == pytest.approx(evaluate())
+    half, both = evaluate(eval_row_tokens=(500, 524)), evaluate(eval_row_tokens=(512,), forgetting_row_tokens=(512,))
+    assert both == evaluate(eval_row_tokens=(1,), forgetting_row_tokens=(1,)), "the host starts as many operations"
+    assert 0.75 * evaluate() < half < 0.9 * evaluate() and half - both == pytest.approx(evaluate() - half)
+
+
 def test_the_time_of_a_run_counts_checkpoints_and_merging() -> None:
     def save_every(every: Any, *, merge: bool = False) -> dict[str, float]:
         return list_part_seconds(output={"save_every": every, "merge": merge})
 
-    never, often = save_every("never"), save_every(10)
+    never, often, late = save_every("never"), save_every(10), save_every("auto")
     assert often["save"] > 2 * never["save"] and "merge" not in never
+    assert late["save"] == never["save"], "checkpoints that there is disk for are not all written"
     merged = save_every("never", merge=True)
     assert merged["merge"] > merged["load"]
 

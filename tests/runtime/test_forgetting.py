@@ -114,8 +114,10 @@ def test_the_plan_allows_for_the_longest_row_of_the_other_task(llama: Path, tmp_
     lengths = {}
     for name, words in (("short", 1), ("long", 300)):
         job = Job(str(write(tmp_path / name, llama, [{"text": "late " * words}], max_length=256)))
-        lengths[name] = job.find_data_facts(quick=False).longest_row_tokens
-    assert lengths["short"] < lengths["long"] == 256
+        facts = job.find_data_facts(quick=False)
+        lengths[name] = facts.longest_row_tokens
+        assert facts.forgetting_row_tokens is not None and facts.forgetting_row_tokens[-1] <= lengths[name]
+    assert lengths["short"] < lengths["long"] == facts.forgetting_row_tokens[-1] == 256
 
 
 def test_the_data_check_shows_the_other_task_and_notes_rows_that_are_trained_on(llama: Path, tmp_path: Path) -> None:
