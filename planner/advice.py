@@ -58,6 +58,8 @@ def list_warnings(
         texts += [f"train.{key} = true: it has no effect on a CPU" for key in GPU_KEYS if getattr(strategy, key)]
     if strategy.attention == "eager" != recipe.model.attention:
         texts.append(f'model.attention = "{recipe.model.attention}": {shape.model_type} runs with eager attention only')
+    if strategy.method == "qlora" and not shape.quantized_parameters:
+        texts.append(f"QLoRA stores none of {shape.model_type}'s linear layers in 4 bits: it needs as much as LoRA")
     if recipe.budget.gpus > 1:
         texts.append(f"budget.gpus = {recipe.budget.gpus}: this version trains on one card; the plan is for one")
     texts += _warn_of_time(recipe, device, data)

@@ -30,6 +30,7 @@ from ..recipes.errors import DiskError, RunError
 from ..recipes.units import format_bytes
 from .machine.host import probe_free_disk_bytes
 
+LOCK_NAME = ".lock"
 REPORT_NAME = "report.json"
 PLAN_NAME = "plan.json"
 METRICS_NAME, SAMPLES_NAME = "metrics.jsonl", "samples.jsonl"
@@ -109,10 +110,29 @@ def write_whole(path: Path, text: str) -> None:
 
 def check_vacant(path: Path) -> None:
     """RunError where a directory holds anything that a new run would mix its files with."""
-    left = sorted(one.name for one in path.iterdir() if one.name != ".lock") if path.is_dir() else []
+    left = sorted(one.name for one in path.iterdir() if one.name != LOCK_NAME) if path.is_dir() else []
     if left:
         what = "a finished run" if REPORT_NAME in left else "files of something else or of an unfinished run"
         raise RunError(f"output.dir: {path} holds {what} ({', '.join(left[:3])}): name another or remove it")
+
+
+def check_not_held(path: Path) -> None:
+    """RunError where another run holds the directory, before anything is planned for it."""
+    if not (path / LOCK_NAME).is_file():
+        return
+    try:
+        with FileLock(path / LOCK_NAME, timeout=0):
+            pass
+    except Timeout as error:
+        raise _make_held(path) from error
+
+
+def _make_held(path: Path) -> RunError:
+    try:
+        holder = f" (process {int((path / LOCK_NAME).read_text())})"
+    except (OSError, ValueError):
+        holder = ""
+    return RunError(f"output.dir: {path} is held by a run that is still going{holder}")
 
 
 class RunDirectory:
@@ -123,7 +143,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path, self.resume = path, resume
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = FileLock(path / LOCK_NAME, timeout=0)
         self._made = False
 
     def __enter__(self) -> Self:
@@ -136,14 +156,14 @@ class RunDirectory:
             self._check_links()
             self._lock.acquire()
         except Timeout as error:
-            raise RunError(f"output.dir: {self.path} is held by a run that is still going{self._holder()}") from error
+            raise _make_held(self.path) from error
         except OSError as error:
             raise DiskError(f"output.dir: {self.path} cannot be written: {error.strerror or error}") from error
         try:
             if not self.resume:
                 check_vacant(self.path)
             with name_disk_errors(self.path):
-                (self.path / ".lock").write_text(str(os.getpid()))
+                (self.path / LOCK_NAME).write_text(str(os.getpid()))
             self._sweep()
         except BaseException:
             self._let_go()
@@ -172,7 +192,7 @@ class RunDirectory:
 
     def _let_go(self) -> None:
         """Unlink first: who takes the lock in between finds it gone and takes a new one."""
-        (self.path / ".lock").unlink(missing_ok=True)
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
         self._lock.release()
 
     def clear(self) -> None:
@@ -180,14 +200,8 @@ class RunDirectory:
         for one in self.path.iterdir():
             if one.is_dir():
                 shutil.rmtree(one, ignore_errors=True)
-            elif one.name != ".lock":
+            elif one.name != LOCK_NAME:
                 one.unlink()
-
-    def _holder(self) -> str:
-        try:
-            return f" (process {int((self.path / '.lock').read_text())})"
-        except (OSError, ValueError):
-            return ""
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """One JSON document, whole or not at all."""

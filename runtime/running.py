@@ -19,7 +19,7 @@ from .machine.devices import check_runs_here
 from .planning import Job, check_data_fits_plan, load_plan, reopen_plan
 from .report import Status
 from .report_view import render_report
-from .rundir import PLAN_NAME, check_vacant
+from .rundir import PLAN_NAME, check_not_held, check_vacant
 
 EXIT_CODES: dict[Status, int] = {"finished": 0, "out_of_time": 0, "interrupted": 130, "terminated": 143}
 
@@ -46,6 +46,7 @@ def run_recipe(path: str, overrides: Sequence[str], console: Console, options: R
     started, options = time.time(), options or RunOptions()
     job, plan = _open_job(path, overrides, console)
     run_path, is_unfinished = find_run_path(job, started, options)
+    check_not_held(run_path)
     if not is_unfinished and job.recipe_file.recipe.output.dir is None and list_unfinished(job.recipe_file.name):
         console.print(Text.assemble(("note: ", "yellow"), "an unfinished run is in runs/: --resume goes on with it"))
     with console.status("reading the data and the tokenizer"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -362,6 +363,17 @@ def test_the_quick_starts_budget_makes_the_ladder_reject_something() -> None:
     plan = plan_for(recipe_file.resolved, CPU.model_copy(update={"budget_bytes": budget}))
     assert plan.strategy.method == "lora"
     assert {one.strategy.method for one in plan.rejected} >= {"full"}
+
+
+def test_qlora_of_a_model_whose_layers_stay_as_they_are_says_so() -> None:
+    """Falcon's linear layers are of a class of its own, which transformers does not replace."""
+    inputs = make_inputs({"method": {"kind": "qlora"}}, make_gpu("RTX 4090"))
+    (block,) = inputs.shape.blocks
+    linears = tuple(replace(linear, is_packed=False) for linear in block.linears)
+    shape = replace(inputs.shape, blocks=(replace(block, linears=linears),))
+    said = "QLoRA stores none of llama's linear layers in 4 bits: it needs as much as LoRA"
+    assert said in make_plan(replace(inputs, shape=shape)).warnings
+    assert said not in make_plan(inputs).warnings
 
 
 auto = st.just("auto")
