@@ -148,7 +148,7 @@ def _draw_run() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "recipes").symlink_to(RECIPES)
         os.chdir(scratch)
-        console = _record(120)  # the lines of a run's steps are longer than others
+        console = _record(132)  # the lines of a run's steps are longer than others
         run_recipe("recipes/quickstart.toml", [], console)
         _save(console, "run", "fitune run recipes/quickstart.toml")
         [run] = Path("runs").iterdir()
