@@ -33,7 +33,7 @@ class TimingProcess:
         """As time_step_on_cpu; TraceError where the process died."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+            weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
         # Ctrl-C is for this process; the mask is inherited by the one that the first task starts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
