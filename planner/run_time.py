@@ -150,18 +150,21 @@ def _estimate_saving(facts: RunFacts, memory: Memory, train_seconds: float) -> f
         written = int(train_seconds / CHECKPOINT_SECONDS)
     else:
         written = max(facts.steps - 1, 0) // every
-    saved = sum(phase.disk_bytes or 0 for phase in memory.phases if phase.name == "save")
-    result = saved - memory.checkpoints * memory.checkpoint_bytes
-    merges = any(phase.name == "merge" and phase.disk_bytes for phase in memory.phases)
-    seconds = (written + 1) * SAVE_SECONDS + (LET_GO_SECONDS if merges else 0.0)
+    result = _count_file_bytes(memory, "save") - memory.checkpoints * memory.checkpoint_bytes
+    seconds = (written + 1) * SAVE_SECONDS + (LET_GO_SECONDS if _count_file_bytes(memory, "merge") else 0.0)
     return seconds + (written * memory.checkpoint_bytes + result) / WRITE_BYTES_PER_SECOND
 
 
 def _estimate_merge(facts: RunFacts, strategy: Strategy, memory: Memory) -> float:
     """Loading the base again with the adapters, adding them, and writing the merged model; all of it on the CPU."""
-    merged = sum(phase.disk_bytes or 0 for phase in memory.phases if phase.name == "merge")
+    merged = _count_file_bytes(memory, "merge")
     if not merged:
         return 0.0
     elements = sum(count * linear.weight_parameters for linear, count in _list_adapted(facts.model, strategy))
     loading = _estimate_base(facts.model) + _estimate_adapters(facts.model, strategy)
     return loading + MERGE_SECONDS * elements + merged / WRITE_BYTES_PER_SECOND
+
+
+def _count_file_bytes(memory: Memory, phase: str) -> int:
+    """What a phase adds to the run's files; 0 where it is not in the run."""
+    return sum(one.disk_bytes or 0 for one in memory.phases if one.name == phase)

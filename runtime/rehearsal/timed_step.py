@@ -119,14 +119,14 @@ def _time_step(
     waiting = (measure_waiting_seconds() - waited) / (time.perf_counter() - begin)
     whole = partial(_extend, model)
     forward, backward = whole(trained, "forward"), whole(trained, "backward")
-    elements = sum(spec.elements for spec in model.trainable) / sum(map(Tensor.numel, _list_trainable(model)))
+    share = sum(spec.elements for spec in model.trainable) / sum(map(Tensor.numel, _list_trainable(model)))
     accumulates = strategy.gradient_accumulation_steps > 1
     return StepSeconds(
         forward=forward,
         backward=backward,
         next_forward=whole(trained, "next forward") if accumulates else forward,
         next_backward=whole(trained, "next backward") if accumulates else backward,
-        clip=elements * trained.get("clip", 0.0),
+        clip=share * trained.get("clip", 0.0),
         optimizer=whole(trained, "optimizer"),
         evaluation=whole(evaluated, "evaluate"),
         token=None if token is None else whole(token, "answer"),
