@@ -155,10 +155,15 @@ def _differentiate_chunk(transform: LogitTransform, logits: Tensor, targets: Ten
     index = targets.clamp(min=0).unsqueeze(1)
     treated = transform(logits)
     log_probabilities = F.log_softmax(treated.float(), dim=-1)
-    loss = -log_probabilities.gather(1, index).squeeze(1).mul(trained).sum()
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
-    return loss, transform.pull_back(gradient, treated).to(logits.dtype)
+    if torch.compiler.is_compiling():  # for a gather or a scatter, Inductor writes all of them in float32
+        chosen = torch.arange(logits.shape[1], device=logits.device) == index
+        losses = -log_probabilities.where(chosen, 0).sum(1)
+        gradient = log_probabilities.exp() - chosen.float()
+    else:
+        losses = -log_probabilities.gather(1, index).squeeze(1)
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+    return losses.mul(trained).sum(), transform.pull_back(gradient, treated).to(logits.dtype)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from small_models import build_small_model, make_strategy, make_tokens, save_small_model
 from small_steps import build_adapted
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from fitune.runtime.model.build import BuiltModel
 from fitune.runtime.model.linear_4bit import PackedLinear4bit, make_compilable
@@ -126,3 +129,17 @@ def test_the_compiled_fused_head_is_the_eager_one(monkeypatch: pytest.MonkeyPatc
             results.append([loss.detach(), *(one.grad for one in model.parameters())])
             model.zero_grad(set_to_none=True)
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("model_type", ["llama", "granite", "gemma2"])
+def test_the_compiled_fused_head_writes_no_logits_in_float32(model_type: str) -> None:
+    """By the code that Inductor generates: the one for a GPU allocates the same."""
+    model, ids = build_small_model(model_type).bfloat16(), make_tokens(2, 24)
+    torch._dynamo.reset()
+    loss, codes = run_and_get_code(compute_loss, model, model, ids, ids, loss_head="fused", tokens=46, compiled=True)
+    expected = compute_loss(model, model, ids, ids, loss_head="fused", tokens=46)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    width = model.config.vocab_size
+    written = re.findall(rf"empty_strided_cpu\(\(\d+, {width}\), .*?(torch\.\w+)", "".join(codes))
+    assert set(written) == {"torch.bfloat16"}
