@@ -11,11 +11,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cuda_in_ram
 import pytest
+import torch
+from cuda_in_ram import OnGpu
 
 from fitune.runtime.model.embedded import load_embedded_model
 
@@ -75,6 +80,25 @@ def run_on_fake_gpus(nvml_library: Path, tmp_path: Path) -> RunOnFakeGpus:
         return json.loads(shown.removeprefix("SHOWN"))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def on_gpu(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
+    """Calls a function of a module, with arguments, on a machine with the stand-in."""
+    folder = tmp_path_factory.mktemp("cuda")
+    built = cuda_in_ram.build(folder)
+    if built is None or torch.version.cuda is not None:
+        pytest.skip("the stand-in is for a CPU build of torch, and needs a C++ compiler")
+    (folder / "state").touch()
+    added = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML_STATE": str(folder / "state")}
+    kept = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), cuda_in_ram.install, (built,)) as pool:
+            yield lambda call, *arguments: pool.submit(call, *arguments).result(300)
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOTAL_BYTES = 8 << 30
+OnGpu = Callable[..., Any]
+"""Calls a function with arguments in a process of its own, on which the stand-in is installed."""
+H100: dict[str, Any] = {
+    "major": 9,
+    "minor": 0,
+    "multi_processor_count": 132,
+    "regs_per_multiprocessor": 65536,
+    "max_threads_per_multi_processor": 2048,
+    "max_threads_per_block": 1024,
+    "warp_size": 32,
+    "gcnArchName": "",
+}
+"""What torch says of the card, Inductor's questions included."""
 library: Any = None
 """The stand-in, once it is installed."""
 _flash: Any = None
@@ -77,7 +91,7 @@ def _make_functions() -> dict[str, Any]:
     def make_nothing(*_: Any, **__: Any) -> None: ...
 
     nothing = ("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "ipc_collect")
-    card = SimpleNamespace(total_memory=TOTAL_BYTES, name="stand-in", major=9, minor=0, multi_processor_count=132)
+    card = SimpleNamespace(total_memory=TOTAL_BYTES, name="stand-in", **H100)
     return {
         **dict.fromkeys((*nothing, "manual_seed", "manual_seed_all"), make_nothing),
         **dict.fromkeys(("is_available", "_is_compiled", "is_initialized", "is_bf16_supported"), lambda *_: True),

@@ -1,21 +1,17 @@
 """fitune's code for a GPU, on a stand-in of one: every tensor says `cuda:0`, and one that does not is refused.
 
-The stand-in (cuda_in_ram.py) lives in a process of its own, which all tests here share.
+The stand-in (cuda_in_ram.py) lives in a process of its own, which all tests of a module share.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cuda_in_ram
 import pytest
 import torch
+from cuda_in_ram import OnGpu
 from gpu_work import (
     BF16,
     CASES,
@@ -34,27 +30,6 @@ from small_models import save_small_model
 from small_runs import read_losses, write_recipe
 
 from fitune.runtime.report import load_report
-
-OnGpu = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def on_gpu(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
-    """Calls a function of a module, with arguments, on a machine with the stand-in."""
-    folder = tmp_path_factory.mktemp("cuda")
-    built = cuda_in_ram.build(folder)
-    if built is None or torch.version.cuda is not None:
-        pytest.skip("the stand-in is for a CPU build of torch, and needs a C++ compiler")
-    (folder / "state").touch()
-    added = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML_STATE": str(folder / "state")}
-    kept = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn"), cuda_in_ram.install, (built,)) as pool:
-            yield lambda call, *arguments: pool.submit(call, *arguments).result(300)
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="module")
