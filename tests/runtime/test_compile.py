@@ -138,7 +138,7 @@ def test_the_compiled_fused_head_writes_no_logits_in_float32(
 ) -> None:
     """By the code that Inductor generates: the one for a GPU allocates the same.
 
-    In a cache of its own: in the shared one, where other environments and processes put theirs, a compilation failed once.
+    In a cache of its own: in the one that other processes share, a compilation failed once.
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, ids = build_small_model(model_type).bfloat16(), make_tokens(2, 24)
