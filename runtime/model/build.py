@@ -289,8 +289,8 @@ def compile_layers(base: Any) -> None:
     when backward computes the layer again.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._inductor.config.shape_padding = False  # it tries padded products in memory that no plan knows of
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    torch._inductor.config.shape_padding = False  # it tries padded products in memory that no plan knows of
     # It warns of in-place operations in every checkpoint that has a policy; attention's results see none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in find_layers(base):

@@ -99,7 +99,7 @@ def _make_functions() -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_properties": lambda _=None: card,
-        "get_device_capability": lambda _=None: (9, 0),
+        "get_device_capability": lambda _=None: (card.major, card.minor),
         "get_device_name": lambda _=None: "stand-in",
         "get_arch_list": lambda: ["sm_90"],
         "memory_allocated": lambda _=None: library.stand_in_allocated(),

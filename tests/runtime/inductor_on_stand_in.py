@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from small_models import save_small_model
-from small_runs import write_recipe
+from small_runs import plan_recipe, write_recipe
 from torch import Tensor
 
 from fitune.planner.strategy import Strategy
-from fitune.runtime.planning import Job
 from fitune.runtime.training.train import run_job
 
 SIZES = {
@@ -97,11 +96,10 @@ def run_compiled(folder: Path, method: dict[str, Any]) -> tuple[Strategy, dict[s
     recipe = write_recipe(folder, folder / "model", model={"dtype": "bf16"}, method=method, data=data, train=train)
     row = {"instruction": "What is feta?", "output": "A good cheese, my friend." * 100}
     (folder / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 24)
-    job = Job(str(recipe))
-    plan = job.make_plan(quick=False)
+    job, plan = plan_recipe(recipe, compute_dtype="bf16")
     attend, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _choose_flash_attention
     try:
-        report = run_job(job, plan, folder / "run", Console(file=io.StringIO()), resume=False)
+        report = run_job(job, plan, folder / "run", Console(file=io.StringIO()))
     finally:
         F.scaled_dot_product_attention = attend
     counted = {one.name: one.peak_allocated_bytes for one in report.measured.phases}
