@@ -5,6 +5,7 @@ What each records with `record_property` is what `python -m benchmarks.reliabili
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -247,7 +248,8 @@ def test_a_disk_that_fills_up_ends_no_training_and_the_run_is_resumed_when_there
     assert commands.run(tmp_path / "whole", "run", "recipe.toml")[0] == 0
     command = commands.start(tmp_path / "full", "run", "recipe.toml")
     wait_for_steps(disk / "run", 6)
-    fill(disk / "filler")
+    with stopped_between_checkpoints(command, disk / "run"):
+        fill(disk / "filler")
     assert command.wait() == 1, command.said
     check_said(command.said)
     assert "no checkpoint of step " in command.said
@@ -261,6 +263,32 @@ def test_a_disk_that_fills_up_ends_no_training_and_the_run_is_resumed_when_there
     assert (disk / "run/model/model.safetensors").read_bytes() == read_model(tmp_path / "whole")
     record_property("faults", 1)
     record_property("lost_steps", report["lost_steps"])
+
+
+@contextlib.contextmanager
+def stopped_between_checkpoints(command: Command, run: Path) -> Iterator[None]:
+    """Inside, the run stands still with whole checkpoints only: none that breaks off or is removed later leaves room
+    beyond what it took."""
+    while True:
+        command.send(signal.SIGSTOP)
+        while not has_stopped(command.pid):
+            time.sleep(0.001)
+        found = [one.name for one in run.glob("checkpoints/*")]
+        if len(found) <= 2 and all(name.startswith("step-") for name in found):
+            break
+        command.send(signal.SIGCONT)
+        time.sleep(0.002)
+    try:
+        yield
+    finally:
+        command.send(signal.SIGCONT)
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether every thread of a process stands still after SIGSTOP."""
+    states = [stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc", str(pid), "task").glob("*/stat")]
+    assert "Z" not in states, "the run ended before its disk was filled"
+    return all(state == "T" for state in states)
 
 
 def fill(path: Path) -> None:
