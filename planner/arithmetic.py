@@ -25,6 +25,9 @@ ROUNDED_ELEMENTS = {"cuda": 2**24, "cpu": 2**20}
 """Elements of a bf16 weight that are updated at one time in fp32, where nothing is compiled. A choice: 64 MiB a buffer
 on a GPU. On a CPU buffers of 4 MiB stay in the heap: an embedding of 28 million takes 13 ns an element with AdamW and 6
 with 32-bit states, instead of 26 and 16."""
+ROUNDING_BYTES = 23
+"""Of each of these elements while it is rounded: weight and two moments in fp32, 4 bytes of noise, and 7 for whether
+they are finite (torch.isfinite: the magnitude, and three truth values)."""
 
 
 def estimate_nf4_bytes(elements: int, *, double_quantization: bool) -> int:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...planner.arithmetic import PAGED_MIN_ELEMENTS, ROUNDED_ELEMENTS, STATE8_BLOCK, STATE8_MIN_ELEMENTS
+from ...planner.arithmetic import (
+    PAGED_MIN_ELEMENTS,
+    ROUNDED_ELEMENTS,
+    ROUNDING_BYTES,
+    STATE8_BLOCK,
+    STATE8_MIN_ELEMENTS,
+)
 from ...planner.strategy import Strategy
 from .model import TensorSpec
 from .replay import Replay
@@ -53,7 +59,7 @@ def replay_optimizer(
             _replay_adafactor(replay, spec, stochastic=stochastic)
         elif stochastic and spec.width == 2 and not strategy.compiles_update:
             part = min(spec.elements, ROUNDED_ELEMENTS["cuda"])
-            replay.temporary((16 + 4) * part)
+            replay.temporary(ROUNDING_BYTES * part)
 
 
 def _make_state(replay: Replay, number: int, spec: TensorSpec, name: str) -> None:

@@ -148,27 +148,31 @@ class StochasticAdamW(torch.optim.Optimizer):
             tensors, gradient, counter = self._find_state(parameter)
             kept, gradient, before = [tensor.view(-1) for tensor in tensors], gradient.reshape(-1), counter.clone()
             for part in _list_parts(parameter):
-                exact = [tensor[part].float() for tensor in kept]
                 counter.copy_(before)
-                adamw(
-                    [exact[0]],
-                    [gradient[part].float()],
-                    [exact[1]],
-                    [exact[2]],
-                    [],
-                    [counter],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                    found_inf=self.found_inf,
-                )
-                for tensor, value in zip(kept, exact, strict=True):
-                    round_stochastically(tensor[part], value)
+                self._update_part(group, [tensor[part] for tensor in kept], gradient[part], counter)
+
+    def _update_part(self, group: dict[str, Any], kept: Sequence[Tensor], gradient: Tensor, counter: Tensor) -> None:
+        """Of the weight and its moments; their copies in fp32 are gone before those of the next part are made."""
+        exact = [tensor.float() for tensor in kept]
+        adamw(
+            [exact[0]],
+            [gradient.float()],
+            [exact[1]],
+            [exact[2]],
+            [],
+            [counter],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            found_inf=self.found_inf,
+        )
+        for tensor, value in zip(kept, exact, strict=True):
+            round_stochastically(tensor, value)
 
 
 class _StochasticRounding:

@@ -197,6 +197,19 @@ def update_with_bad_gradients() -> tuple[bool, bool]:
     return results[0], results[1]
 
 
+def measure_rounded_update(elements: int) -> float:
+    """Bytes an element that AdamW takes beside weights and moments in bf16 to update two weights of `elements` each."""
+    model = torch.nn.ParameterList(torch.randn(elements) for _ in range(2)).to("cuda", torch.bfloat16)
+    optimizer = make_optimizer("adamw", model, learning_rate=0.1, weight_decay=0.1, rounding="stochastic")
+    for one in model.parameters():
+        one.grad = torch.randn_like(one)
+    optimizer.step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    return (torch.cuda.max_memory_allocated() - before) / elements
+
+
 def attend_documents_of_rows(window: int | None) -> float:
     """Largest difference between documents attended at once and one by one, output and gradients."""
     torch.manual_seed(0)

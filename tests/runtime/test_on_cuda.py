@@ -18,6 +18,7 @@ from gpu_work import (
     attend_documents_of_rows,
     find_first_sample,
     list_waits,
+    measure_rounded_update,
     run_as_planned,
     run_out_of_memory,
     run_with,
@@ -29,6 +30,7 @@ from gpu_work import (
 from small_models import save_small_model
 from small_runs import read_losses, write_recipe
 
+from fitune.planner.arithmetic import ROUNDING_BYTES
 from fitune.runtime.report import load_report
 
 
@@ -99,6 +101,10 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(on_gpu: OnGpu, mode
 
 def test_an_update_that_is_not_finite_is_left_out_on_the_device(on_gpu: OnGpu) -> None:
     assert on_gpu(update_with_bad_gradients) == (True, False)
+
+
+def test_a_rounded_update_takes_what_its_plan_says_for_one_weight_at_a_time(on_gpu: OnGpu) -> None:
+    assert on_gpu(measure_rounded_update, 2**18) == pytest.approx(ROUNDING_BYTES, rel=0.01)
 
 
 @pytest.mark.parametrize("window", [None, 4])
