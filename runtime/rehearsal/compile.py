@@ -29,6 +29,7 @@ from ..model.attention import choose_kept, keep_attention
 from ..training import losses
 from .attention import attend
 from .fakes import Slot, list_slots
+from .fusion import schedule
 from .watch import StorageWatch
 
 _aten = torch.ops.aten
@@ -229,45 +230,39 @@ def _tag_forward(graph: fx.Graph, *, save_attention: bool) -> None:
 class _Runner:
     """Runs a graph on fakes; the watch sees what would be in memory only.
 
-    A pointwise result that is not there is computed where it is used, so that what it reads lives until then.
+    A pointwise result that is not there is computed where it is used, so that what it reads lives until then. What one
+    kernel makes is there together, beside all that the kernel reads.
     """
 
     _boxed_call = True
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
-        self.nodes = list(module.graph.nodes)
-        self.real = _find_materialised(self.nodes)
-        last: dict[fx.Node, fx.Node] = {}
-        behind: dict[fx.Node, set[fx.Node]] = {}
-        for node in self.nodes:
-            reads = {one for direct in node.all_input_nodes for one in behind[direct]}
-            behind[node] = {node, *reads} if node not in self.real else {node}
-            for one in reads if node in self.real else node.all_input_nodes:
-                last[one] = node
-        self.dying: dict[fx.Node, list[fx.Node]] = {}
-        for node, user in last.items():
-            self.dying.setdefault(user, []).append(node)
+        nodes = list(module.graph.nodes)
+        self.given = [node for node in nodes if node.op == "placeholder"]
+        self.real = _find_materialised(nodes)
+        self.kernels = schedule(nodes, self.real, is_view=_is_view, is_library=_is_kernel)
 
     def __call__(self, inputs: list[Any]) -> Any:
-        given = iter(inputs)
-        values = {node: next(given) for node in self.nodes if node.op == "placeholder"}
+        values = dict(zip(self.given, inputs, strict=True))
         for node in [one for one in values if not one.users]:
             del values[node]
-        del given
         inputs.clear()
-        for node in self.nodes:
-            if node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda one: values[one])
-            if node.op == "get_attr":
-                values[node] = _copy_layout(getattr(self.module, str(node.target)))
-            elif node.op == "call_function":
+        for kernel in self.kernels:
+            for node in kernel.nodes:
+                if node.op == "output":
+                    return fx.node.map_arg(node.args[0], lambda one: values[one])
+                if node in values:
+                    continue
+                if node.op == "get_attr":
+                    values[node] = _copy_layout(getattr(self.module, str(node.target)))
+                    continue
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: values[one])
                 with _watch.get().muted(node not in self.real):
                     values[node] = _call(node.target, args, kwargs)
                 del args, kwargs
-            for one in self.dying.get(node, ()):
-                values.pop(one, None)
+            for node in kernel.dying:
+                values.pop(node, None)
         raise AssertionError("a graph ends with its output")
 
 

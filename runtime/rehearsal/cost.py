@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from ...planner.rates import HostWork
+from ...planner.rates import CACHED_ROW_BYTES, SOFTMAX_PASSES, HostWork
 from ...planner.speed import ATTENTION_BACKWARD_FACTOR, Work
 
 WITHOUT_KERNEL = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_reshape_alias", "prim::")
@@ -35,6 +35,14 @@ TABLES = {
     "aten::scatter_add_": 0,
 }
 """Operations that touch a few elements of a tensor, to its place among their tensors: it does not count."""
+SOFTMAX_BACKWARD = "aten::_softmax_backward_data"
+SOFTMAX: dict[str, Literal["forward", "backward"]] = {
+    "aten::_softmax": "forward",
+    "aten::_log_softmax": "forward",
+    SOFTMAX_BACKWARD: "backward",
+    "aten::_log_softmax_backward_data": "backward",
+}
+"""Operations that go through their first tensor more than once."""
 Traffic = tuple[tuple[int | None, int], ...]
 """(number of a storage, bytes) of tensors; None for a storage that was not seen."""
 
@@ -96,7 +104,7 @@ class Ledger:
             table = _key(inputs[TABLES[name]])
             inputs, outputs = ([one for one in group if _key(one) != table] for group in (inputs, outputs))
         reads, writes = self._list_reads(inputs), self._list_traffic(outputs)
-        moved = sum(size for _, size in (*reads, *writes))
+        moved = sum(size for _, size in (*reads, *writes)) + _count_read_again(name, inputs)
         width = outputs[0].element_size() if outputs else 2
         kind: Literal["matrix", "memory"] = "memory"
         flops = 0
@@ -118,6 +126,9 @@ class Ledger:
             # The weight is written in the compute dtype, and read.
             self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=2 * weight, calls=0)))
             kind = "matrix"
+        elif name == SOFTMAX_BACKWARD:
+            product = 3 * inputs[0].nbytes  # gradient times output, by a kernel of its own
+            self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=product, calls=0)))
         elif name == TRANSPOSED_PRODUCT:
             flops, copied, width = 2 * inputs[0].shape[0] * inputs[2].numel(), 2 * inputs[2].nbytes, 1
             self.operations.append(Operation(self._mark_of(), name, Work(kind="memory", bytes=copied, calls=0)))
@@ -239,6 +250,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for one in value.values():
             yield from _tensors(one)
+
+
+def _count_read_again(name: str, inputs: Sequence[Tensor]) -> int:
+    """Bytes that a softmax reads again, row by row, from the device's memory: those of rows that no cache holds."""
+    if name not in SOFTMAX or inputs[0].shape[-1] * inputs[0].element_size() <= CACHED_ROW_BYTES:
+        return 0
+    return (SOFTMAX_PASSES[SOFTMAX[name]] - 1) * inputs[0].nbytes
 
 
 def _key(tensor: Tensor) -> int:

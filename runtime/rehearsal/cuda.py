@@ -74,6 +74,8 @@ def list_temporaries(func: Any, args: Any) -> tuple[int, ...]:
         return flash_backward_temporaries(*args[1:3])
     if func is torch.ops.aten.embedding_dense_backward.default:
         return _embedding_temporaries(*args)
+    if func is torch.ops.aten._softmax_backward_data.default:
+        return (args[0].nbytes,)  # gradient times output (softmax_backward_cuda_out in SoftMax.cu)
     return ()
 
 

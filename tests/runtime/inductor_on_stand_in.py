@@ -37,20 +37,14 @@ class _LeftOut:
     def run(self, *_: Any, **__: Any) -> None: ...
 
 
-def _make_zeros(like: Tensor) -> Tensor:
-    """In FlashAttention's layout: [rows, heads, tokens, features], with the heads of a token side by side."""
-    rows, heads, tokens, features = like.shape
-    return torch.zeros(rows, tokens, heads, features, dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
 def _attend(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
     sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
     seed, offset = (torch.zeros(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
-    return _make_zeros(query), sums, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
+    return torch.zeros_like(query), sums, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
 
 
 def _differentiate(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, ...]:
-    return _make_zeros(query), _make_zeros(key), _make_zeros(value)
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
 def _choose_flash_attention(
@@ -66,6 +60,7 @@ def generate_code_for_a_gpu() -> None:
     """For the rest of this process, on which the stand-in is installed."""
     global _operations
     from torch._C._dynamo import guards
+    from torch._functorch import partitioners
     from torch._inductor.async_compile import AsyncCompile
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -79,19 +74,24 @@ def generate_code_for_a_gpu() -> None:
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
+    # Attention is computed again with the random numbers of its forward; a CPU build has no generator for them.
+    partitioners.functionalize_rng_ops = lambda _, forward, backward, __: (forward, backward)  # type: ignore[assignment]
     AsyncCompile.triton = lambda *_, **__: _LeftOut()  # type: ignore[method-assign,assignment,return-value]
     _operations = torch.library.Library("aten", "IMPL")
     _operations.impl("_scaled_dot_product_flash_attention", _attend, "CUDA")
     _operations.impl("_scaled_dot_product_flash_attention_backward", _differentiate, "CUDA")
 
 
-def run_compiled(folder: Path, method: dict[str, Any]) -> tuple[Strategy, dict[str, int], dict[str, int]]:
+def run_compiled(
+    folder: Path, model_type: str, method: dict[str, Any], checkpointing: bool
+) -> tuple[Strategy, dict[str, int], dict[str, int]]:
     """(strategy, planned and counted peaks of live bytes by phase) of three steps of 4 rows of 512 tokens.
 
     Results are what was in memory before, so that steps may be left out as not finite.
     """
-    save_small_model(folder / "model", "llama", **SIZES)
+    save_small_model(folder / "model", model_type, **SIZES)
     train = {"max_steps": 3, "micro_batch_size": 4, "compile": True, "loss_head": "fused", "on_nonfinite": "skip"}
+    train["gradient_checkpointing"] = checkpointing
     data = {"eval": None, "max_length": 512, "max_truncated": 1.0}
     recipe = write_recipe(folder, folder / "model", model={"dtype": "bf16"}, method=method, data=data, train=train)
     row = {"instruction": "What is feta?", "output": "A good cheese, my friend." * 100}

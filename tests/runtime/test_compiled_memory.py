@@ -15,12 +15,17 @@ from inductor_on_stand_in import generate_code_for_a_gpu, run_compiled
 
 WORKSPACES = 2 * CUDA_WORKSPACE_BYTES
 """cuBLAS's, of forward and of backward: the stand-in has none."""
-METHODS: dict[str, dict[str, Any]] = {
-    "full fine-tuning": {"kind": "full"},
-    "peft's adapters": {"kind": "lora", "fused_adapters": False},
-    "fused adapters": {"kind": "lora", "fused_adapters": True},
-    "fused adapters on 4-bit weights": {"kind": "qlora", "fused_adapters": True},
+PEFT, FUSED = ({"kind": "lora", "fused_adapters": fused} for fused in (False, True))
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "full fine-tuning": ("llama", {"kind": "full"}, False),
+    "peft's adapters": ("llama", PEFT, False),
+    "peft's adapters, checkpointed": ("llama", PEFT, True),
+    "fused adapters": ("llama", FUSED, False),
+    "fused adapters, checkpointed": ("llama", FUSED, True),
+    "fused adapters on 4-bit weights": ("llama", FUSED | {"kind": "qlora"}, False),
+    "soft-capped scores and logits": ("gemma2", FUSED, False),
 }
+"""Name to type of the model, method, and whether its layers are checkpointed."""
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +34,13 @@ def on_compiling_gpu(on_gpu: OnGpu) -> OnGpu:
     return on_gpu
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_compiled_step_keeps_what_its_plan_says(method: str, on_compiling_gpu: OnGpu, tmp_path: Path) -> None:
-    strategy, planned, counted = on_compiling_gpu(run_compiled, tmp_path, METHODS[method])
-    assert (strategy.compile, strategy.loss_head, strategy.attention) == (True, "fused", "sdpa")
-    assert strategy.fused_adapters == METHODS[method].get("fused_adapters", False)
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_step_keeps_what_its_plan_says(case: str, on_compiling_gpu: OnGpu, tmp_path: Path) -> None:
+    model_type, method, checkpointing = CASES[case]
+    strategy, planned, counted = on_compiling_gpu(run_compiled, tmp_path, model_type, method, checkpointing)
+    assert (strategy.compile, strategy.loss_head) == (True, "fused")
+    assert strategy.attention == ("eager" if model_type == "gemma2" else "sdpa")
+    assert (strategy.checkpointed_layers > 0) == checkpointing
+    assert strategy.fused_adapters == method.get("fused_adapters", False)
     for phase in ("forward", "backward", "clip", "optimizer"):
         assert planned[phase] - WORKSPACES == pytest.approx(counted[phase], rel=0.02), phase

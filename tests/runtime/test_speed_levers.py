@@ -18,7 +18,7 @@ ROWS = [(row, config) for row, config in LEVERS if row["compile_layers"] and not
 LIGER_ROWS = [(row, config) for row, config in LEVERS if row["liger_layers"]]
 KEPT_WEIGHTS = "llama-3.1-8b-qlora-adamw_torch_fused-b2s4096-ckpt-chunked-compile"
 """The measured step kept dequantised weights in backward; fitune's does not."""
-QUICK = ("llama-3.2-1b", "llama-3.1-8b-lora-variant-flce")
+QUICK = ("llama-3.2-1b", "llama-3.1-8b-lora-variant-flce", "llama-3.1-8b-lora-adamw_torch_fused-b2s4096-ckpt-chunked")
 
 
 def list_rows() -> list[Any]:
@@ -31,8 +31,9 @@ def list_rows() -> list[Any]:
 
 @pytest.mark.parametrize(("row", "config"), list_rows())
 def test_a_compiled_step_is_met_within_its_margin(row: dict[str, Any], config: dict[str, Any]) -> None:
+    """Checkpointed ones were up to 3.5 % too low until what one kernel makes was there together."""
     one = compare(row, config, make_device())
-    assert abs(one.error("allocated")) < 0.04
+    assert abs(one.error("allocated")) < 0.001
     assert abs(one.error("reserved")) < 0.02
     assert one.predicted.required_bytes > row["measured"]["peak_nvml_bytes"]
 
@@ -53,7 +54,7 @@ def test_a_step_with_ligers_kernels_is_met_within_its_margin(row: dict[str, Any]
 def test_compiled_4_bit_layers_need_a_third_of_those_that_keep_dequantised_weights() -> None:
     row, config = next(pair for pair in ROWS if pair[0]["id"] == KEPT_WEIGHTS)
     predicted = compare(row, config, make_device()).predicted
-    assert predicted.peak_allocated_bytes < 0.36 * row["measured"]["peak_allocated_bytes"]
+    assert predicted.peak_allocated_bytes < 0.38 * row["measured"]["peak_allocated_bytes"]
 
 
 @pytest.mark.parametrize("checkpointed", [0, 7, 16])
