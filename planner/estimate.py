@@ -13,6 +13,7 @@ from . import activations as act
 from .arithmetic import (
     NF4_BLOCK,
     ROUNDED_ELEMENTS,
+    ROUNDING_BYTES,
     count_trainable,
     estimate_adapter_bytes,
     estimate_gradient_bytes,
@@ -51,8 +52,6 @@ GUESS_FACTOR = 2
 COMPILED_MARGIN = 0.05
 """Share that is added to closed forms for compiled layers: Inductor's fusions are beyond them. A guess; the eight
 measured pairs are met without it."""
-STOCHASTIC_BYTES = 20
-"""Of each element that is rounded stochastically: weight, gradient and two moments in fp32, and 4 bytes of noise."""
 CPU_UPDATE_BYTES = {"adamw_8bit": 20, "paged_adamw_8bit": 20, "adamw_32bit": 12, "paged_adamw": 12}
 """Of an element, that bitsandbytes' optimizers take on a CPU in fp32 while they update: the gradient, its divisor and a
 step towards that; with 8 bits the two states, too (backends/cpu/ops.py, 0.50). A tensor at a time, or ROUNDED_ELEMENTS
@@ -272,7 +271,7 @@ def _optimizer_temporary(shape: ModelShape, strategy: Strategy, device: Device) 
         return (each + 8) * part if is_stochastic else each * largest
     if not is_stochastic or strategy.compiles_update:
         return 0
-    return STOCHASTIC_BYTES * part
+    return ROUNDING_BYTES * part
 
 
 def _estimate_merged_bytes(shape: ModelShape, strategy: Strategy) -> int:

@@ -29,7 +29,7 @@ and 989 TFLOP/s, L4: 242 and 121)."""
 MEMORY_SHARE = 0.80
 """Of the memory's bandwidth that element-wise operations reach: 78 to 84 % of an H100's is what profiles of such
 kernels show; strided and mixed-dtype ones reach less, cached ones more."""
-ISSUE_SHARE = 0.60
+ISSUE_SHARE = 0.63
 """Of the instructions that a card can issue, what bitsandbytes' 8-bit update does: over the measured steps of full
 fine-tuning of which it is a fifth or more, together (docs/speed.md)."""
 SLOW_FP32 = ("7.0", "7.2", "7.5", "8.0")
@@ -72,6 +72,13 @@ out of the measurement) and waits for the device after each, Adafactor starts te
 COMPILED_UPDATE_CALLS = 8
 """Of a tensor in a compiled update: measured in steps of a small model on a CPU, 38 microseconds for each of 39 tensors
 without what their elements took, where torch's AdamW took 7.5."""
+SOFTMAX_PASSES: dict[Literal["forward", "backward"], int] = {"forward": 3, "backward": 2}
+"""How often torch's kernels go through a row of a softmax that shared memory does not hold: for its maximum, its sum
+and its results; in backward for the gradients' sum and the results (cunn_SoftMaxForward, cunn_SoftMaxBackward in
+https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/SoftMax.cu)."""
+CACHED_ROW_BYTES = 190_000
+"""The longest row that is read from the cache when it is read again: an H100's 50 MB of level 2 for the rows that are
+under way, two blocks of 1,024 threads on each of 132 multiprocessors. Of fp32 logits, a vocabulary of 47,500."""
 KERNEL_SECONDS = 2.5e-6
 """The shortest kernel with the gap to the next one."""
 HALF_LENGTH = 350

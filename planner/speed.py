@@ -49,6 +49,8 @@ class Work:
     host:     what the host does for one of them
     calls:    how often
     waits:    whether the host waits for it before it goes on
+    together: whether the host has prepared all of it before the device begins, as it does for kernels that take a list
+              of tensors
     times:    how many there are
     """
 
@@ -65,6 +67,7 @@ class Work:
     host: HostWork = "operation"
     calls: float = 1.0
     waits: bool = False
+    together: bool = False
     times: float = 1.0
 
     def repeat(self, times: float) -> Work:
@@ -87,9 +90,10 @@ class PhaseTime(Value):
     name:           forward, backward, clip or optimizer
     device_seconds: what the device computes
     host_seconds:   what the host takes to start it
-    seconds:        by how much the phase makes the step longer: alone the longer of the two; on a CPU, where nothing
-                    overlaps, their sum; less where the host had started it before the device came to it
+    seconds:        by how much the phase makes the step longer: alone the longer of the two; their sum where nothing
+                    overlaps, as on a CPU; less where the host had started it before the device came to it
     waits:          whether the host waits for the device in it, again and again
+    together:       whether the device begins when the host has prepared all of it
     """
 
     name: str
@@ -97,6 +101,7 @@ class PhaseTime(Value):
     host_seconds: float = Field(ge=0)
     seconds: float = Field(ge=0)
     waits: bool = False
+    together: bool = False
 
 
 class RunPart(Value):
@@ -169,7 +174,8 @@ def queue_phases(time: StepTime, micro_batches: int) -> StepTime:
 
     What the host starts while the device has work left takes no time of its own: the update of many small tensors, as
     a rule. From each phase to the next, h and d being when the host has started all and when the device is done:
-    h' = h + host_seconds,  d' = max(d + device_seconds, h'). A phase that waits begins when both are done.
+    h' = h + host_seconds,  d' = max(d + device_seconds, h'), or max(d, h') + device_seconds where the host prepares all
+    of it before. A phase that waits begins when both are done.
 
     time:          each phase alone, of a device whose host runs ahead
     micro_batches: that forward and backward alternate for
@@ -185,7 +191,10 @@ def queue_phases(time: StepTime, micro_batches: int) -> StepTime:
             host = device
         else:
             host += share * phase.host_seconds
-            device = max(device + share * phase.device_seconds, host)
+            if phase.together:
+                device = max(device, host) + share * phase.device_seconds
+            else:
+                device = max(device + share * phase.device_seconds, host)
         seconds[phase.name] += times * (device - before)
 
     repeated = [phase for phase in time.phases if phase.name in MICRO_BATCH_PHASES]
@@ -265,15 +274,18 @@ def _pick_kernels(work: Work, rates: Rates) -> AttentionKernels:
 
 
 def estimate_phase_time(name: str, works: Iterable[Work], rates: Rates) -> PhaseTime:
-    """A phase, done once. Where the host waits for its operations one by one, their times add up, as on a CPU."""
+    """A phase, done once. Where the host waits for its operations one by one, or the device for the host to prepare
+    them, their times add up, as on a CPU."""
     device = host = 0.0
-    waits = False
+    waits = together = False
     for work in works:
-        waits = waits or work.waits
+        waits, together = waits or work.waits, together or work.together
         device += work.times * estimate_operation_seconds(work, rates)
         host += work.times * work.calls * HOST_PRICES[work.host] * rates.operation_seconds
-    seconds = max(device, host) if rates.overlaps and not waits else device + host
-    return PhaseTime(name=name, device_seconds=device, host_seconds=host, seconds=seconds, waits=waits)
+    seconds = device + host if waits or together or not rates.overlaps else max(device, host)
+    return PhaseTime(
+        name=name, device_seconds=device, host_seconds=host, seconds=seconds, waits=waits, together=together
+    )
 
 
 def join_phases(name: str, phases: Iterable[PhaseTime], rates: Rates, *, waits: bool) -> PhaseTime:

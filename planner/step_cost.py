@@ -18,7 +18,7 @@ from .arithmetic import (
     trainable_dtype,
 )
 from .model_shape import BlockShape, LinearShape, ModelShape
-from .rates import CLIP_CALLS, COMPILED_UPDATE_CALLS, UPDATE_CALLS
+from .rates import CACHED_ROW_BYTES, CLIP_CALLS, COMPILED_UPDATE_CALLS, UPDATE_CALLS
 from .speed import ATTENTION_BACKWARD_FACTOR, Work
 from .strategy import DTYPE_BYTES, Dtype, Kernels, LossHead, Optimizer, Strategy
 
@@ -46,6 +46,8 @@ SCORE_BYTES = 24
 """Bytes a score that eager attention moves in forward: scale, mask, softmax in fp32 and back."""
 LOGIT_BYTES: dict[LossHead, tuple[float, float]] = {"full": (14, 22), "chunked": (14, 36), "fused": (28, 0)}
 """(forward, backward) bytes a logit that the loss moves: to fp32, log-softmax; in backward zeros, gradients, back."""
+LONG_ROW_BYTES: dict[LossHead, tuple[float, float]] = {"full": (8, 4), "chunked": (8, 12), "fused": (8, 0)}
+"""The same of what a softmax reads again where a row of logits is longer than CACHED_ROW_BYTES."""
 FUSED_LOGIT_BYTES = (6, 0)
 """Of a fused head whose work on logits is compiled: read for the sum, read for the gradient, written."""
 HEAD_CALLS = 14
@@ -314,8 +316,11 @@ def _list_head(step: StepShape, *, forward: bool) -> Iterator[Work]:
     side = 0 if forward else 1
     elements = shape.head.weight_parameters
     moved = a * (step.tokens * (shape.hidden_size + shape.vocab_size) + elements * chunks)
-    a_logit = FUSED_LOGIT_BYTES if head == "fused" and step.strategy.compile else LOGIT_BYTES[head]
-    logits = a_logit[side] * step.tokens * shape.vocab_size
+    is_compiled = head == "fused" and step.strategy.compile
+    a_logit = (FUSED_LOGIT_BYTES if is_compiled else LOGIT_BYTES[head])[side]
+    if not is_compiled and FP32_BYTES * shape.vocab_size > CACHED_ROW_BYTES:
+        a_logit += LONG_ROW_BYTES[head][side]
+    logits = a_logit * step.tokens * shape.vocab_size
     yield Work(kind="matrix", flops=2.0 * step.tokens * elements, bytes=moved, width=a, times=products[head][side])
     yield Work(kind="memory", bytes=logits, calls=HEAD_CALLS * chunks * passes[side])
     yield Work(kind="memory", bytes=3 * a * step.tokens * shape.hidden_size, calls=EMBEDDING_CALLS)
@@ -354,16 +359,18 @@ def estimate_update_work(
     else:
         moved = 3 * width + state
     read = (3 if strategy.clips_gradients else 1) * width
-    together = GROUP_CALLS * (groups if strategy.optimizer_in_backward else 1)
+    group_calls = GROUP_CALLS * (groups if strategy.optimizer_in_backward else 1)
     update = Work(
         kind="memory",
         bytes=moved * elements,
         instructions=UPDATE_INSTRUCTIONS.get(name, 0.0) * elements,
         calls=calls,
         waits=host_waits(strategy),
+        together=not host_waits(strategy),
     )
+    clip = Work(kind="memory", bytes=read * elements, calls=group_calls + CLIP_CALLS * number, together=True)
     return {
-        "clip": (Work(kind="memory", bytes=read * elements, calls=together + CLIP_CALLS * number),),
+        "clip": (clip,),
         "optimizer": _list_compiled_update(elements, number) if rounds and strategy.compiles_update else (update,),
     }
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import CPU, find_shape, make_gpu, make_inputs, make_strategy, plan_for
 
+from fitune.planner.arithmetic import ROUNDING_BYTES
 from fitune.planner.catalog import find_gpu, list_gpus
 from fitune.planner.clock import estimate_widths, make_closed_form_clock
 from fitune.planner.estimate import estimate_memory
@@ -87,8 +88,14 @@ def test_a_phase_waits_for_the_slower_of_host_and_device() -> None:
     assert serial.seconds == pytest.approx(serial.device_seconds + serial.host_seconds)
 
 
-def queue(phases: dict[str, tuple[float, float]], *, waiting: str = "", micro_batches: int = 1) -> dict[str, float]:
-    """Seconds by phase of a step in which the host runs ahead; phases: (device, host) seconds of a micro-batch."""
+UPDATE = ("clip", "optimizer")
+
+
+def queue(
+    phases: dict[str, tuple[float, float]], *, waiting: str = "", together: bool = False, micro_batches: int = 1
+) -> dict[str, float]:
+    """Seconds by phase of a step in which the host runs ahead; phases: (device, host) seconds of a micro-batch;
+    together: whether the host prepares clipping and update before the device begins with them."""
     made = {
         name: PhaseTime(
             name=name,
@@ -96,10 +103,11 @@ def queue(phases: dict[str, tuple[float, float]], *, waiting: str = "", micro_ba
             host_seconds=host,
             seconds=device + host if name == waiting else max(device, host),
             waits=name == waiting,
+            together=together and name in UPDATE and name != waiting,
         )
         for name, (device, host) in phases.items()
     }
-    update = {name: made.pop(name) for name in ("clip", "optimizer") if name in made}
+    update = {name: made.pop(name) for name in UPDATE if name in made}
     time = make_step_time(made, update, micro_batches, tokens=1, flops=1.0, estimator="rehearsal")
     return {phase.name: phase.seconds for phase in queue_phases(time, micro_batches).phases}
 
@@ -119,15 +127,16 @@ def test_an_update_that_waits_for_the_device_hides_nothing() -> None:
 phase_seconds = st.tuples(*[st.floats(0, 10)] * 2)
 
 
-@given(st.tuples(*[phase_seconds] * 4), st.sampled_from(["", "optimizer"]), st.integers(1, 12))
+@given(st.tuples(*[phase_seconds] * 4), st.sampled_from(["", "optimizer"]), st.booleans(), st.integers(1, 12))
 def test_a_host_that_runs_ahead_spares_time_and_no_work(
-    phases: tuple[tuple[float, float], ...], waiting: str, micro_batches: int
+    phases: tuple[tuple[float, float], ...], waiting: str, together: bool, micro_batches: int
 ) -> None:
     step = dict(zip(("forward", "backward", "clip", "optimizer"), phases, strict=True))
-    found = sum(queue(step, waiting=waiting, micro_batches=micro_batches).values())
+    found = sum(queue(step, waiting=waiting, together=together, micro_batches=micro_batches).values())
+    one_by_one = {waiting, *(UPDATE if together else ())}
     times = {name: micro_batches if name in ("forward", "backward") else 1 for name in step}
     device, host = (sum(times[name] * pair[which] for name, pair in step.items()) for which in (0, 1))
-    alone = sum(times[name] * (sum(pair) if name == waiting else max(pair)) for name, pair in step.items())
+    alone = sum(times[name] * (sum(pair) if name in one_by_one else max(pair)) for name, pair in step.items())
     assert max(device, host) - 1e-6 <= found <= alone + 1e-6
 
 
@@ -230,7 +239,7 @@ def test_a_compiled_update_of_bf16_weights_takes_an_eighth_of_the_time_and_no_me
         return next(phase.peak_allocated_bytes for phase in memory.phases if phase.name == "optimizer")
 
     assert 14 * SHAPE.parameters / RATES.memory_bytes < update_seconds(compile=True) < update_seconds() / 8
-    assert update_bytes() - update_bytes(compile=True) == 20 * 2**24
+    assert update_bytes() - update_bytes(compile=True) == ROUNDING_BYTES * 2**24
     adafactor = {**changes, "optimizer": "adafactor"}
     assert time_of(**adafactor, compile=True).phases[-1] == time_of(**adafactor).phases[-1]
 
@@ -368,8 +377,37 @@ def test_a_method_that_is_too_slow_gives_way_to_the_next() -> None:
 
 
 def test_of_equally_fast_plans_the_one_with_the_less_lossy_optimizer_and_head_wins() -> None:
-    plan = plan_for({"method": {"kind": "lora", "fused_adapters": False}}, make_gpu("H100 80GB"))
+    tables = {"model": {"id": "mistral-7b-v0.3"}, "method": {"kind": "lora", "fused_adapters": False}}
+    plan = plan_for(tables, make_gpu("H100 80GB"))
     assert (plan.strategy.optimizer, plan.strategy.loss_head) == ("adamw", "full")
+
+
+def test_a_vocabulary_whose_rows_no_cache_holds_makes_each_logit_cost_more() -> None:
+    """A softmax goes through such a row three times, and in backward twice."""
+
+    def seconds(vocabulary: int, head: str) -> float:
+        shape = replace(SHAPE, vocab_size=vocabulary)
+        clock = make_closed_form_clock(shape, H100, 4096)
+        forward, backward, *_ = clock(make_strategy("lora", micro_batch_size=2, loss_head=head)).phases
+        return forward.device_seconds + backward.device_seconds
+
+    for head, read_again in (("full", 8 + 4), ("chunked", 8 + 8 + 4), ("fused", 8)):
+        cached, long = seconds(47_000, head), seconds(48_000, head)
+        step = seconds(49_000, head) - long  # what a thousand more entries cost
+        again = read_again * 8192 * 48_000 / RATES.memory_bytes
+        assert long - cached - step == pytest.approx(again, rel=0.03), head
+
+
+def test_clipping_and_an_update_of_all_tensors_at_once_begin_when_the_host_has_prepared_them() -> None:
+    phases = {phase.name: phase for phase in time_of(method="full").phases}
+    for name in ("clip", "optimizer"):
+        assert phases[name].seconds == phases[name].device_seconds + phases[name].host_seconds
+    waited = time_of(method="full", optimizer="adamw_8bit").phases[-1]
+    assert waited.waits and not waited.together, "bitsandbytes starts one tensor after the other"
+    busy = {"forward": (10.0, 1.0), "backward": (20.0, 2.0), "clip": (0.5, 3.0), "optimizer": (0.25, 4.0)}
+    assert queue(busy, together=True) == {"forward": 10.0, "backward": 20.0, "clip": 0.5, "optimizer": 0.25}
+    idle = busy | {"forward": (1.0, 10.0), "backward": (2.0, 20.0)}
+    assert queue(idle, together=True) == {"forward": 10.0, "backward": 20.0, "clip": 3.5, "optimizer": 3.75}
 
 
 def test_hours_without_the_number_of_steps_do_not_bind_and_the_plan_says_so() -> None:
