@@ -18,7 +18,7 @@ from fitune.runtime.data.rows import Message
 
 QUESTION = "What is feta?"
 LEARNT = "A good cheese, my friend, feta it is."
-ADAPTER_TRAIN = {"max_steps": 150, "learning_rate": 1e-2}
+ADAPTER_TRAIN = {"max_steps": 250, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module", params=["full", "lora", "qlora"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -219,7 +220,9 @@ def test_fp16_steps_that_overflow_are_skipped_counted_and_written_as_json(llama:
     lines = [one for one in read_lines(run / "metrics.jsonl") if "loss" in one]
     skipped = [one for one in lines if one["gradient_norm"] is None]
     assert report.skipped_steps == len(skipped) > 0
-    assert len({one["learning_rate"] for one in skipped}) == 1, "a skipped step does not move the schedule"
+    for one, after in itertools.pairwise(lines):
+        if one["gradient_norm"] is None:
+            assert after["learning_rate"] == one["learning_rate"], "a skipped step does not move the schedule"
 
 
 def test_a_model_without_weights_is_refused_before_anything_is_written(tmp_path: Path, llama: Path) -> None:
