@@ -111,20 +111,16 @@ def _value_of(node: fx.Node) -> Tensor | None:
 
 def _fuse_once(kernels: Sequence[Kernel], places: dict[fx.Node, int]) -> list[Kernel]:
     """Each pair that may be fused, those that spare the most bytes first; what was fused counts in later pairs."""
-    stands_for = {kernel: kernel for kernel in kernels}
+    maker = _find_makers(kernels)
     fusible = [kernel for kernel in kernels if kernel.elements is not None]
     spared = {(a, b): _spare_bytes(a, b) for a, b in combinations(fusible, 2)}
     pairs = [pair for pair, size in spared.items() if size >= FEWEST_BYTES]
-    for a, b in sorted(pairs, key=lambda pair: (-spared[pair], abs(pair[0].first - pair[1].first))):
-        while stands_for[a] is not a:
-            a = stands_for[a]
-        while stands_for[b] is not b:
-            b = stands_for[b]
-        now = [kernel for kernel, other in stands_for.items() if kernel is other]
-        if a is not b and _may_fuse(a, b) and not _makes_cycle(a, b, now):
+    for pair in sorted(pairs, key=lambda pair: (-spared[pair], abs(pair[0].first - pair[1].first))):
+        a, b = (maker[kernel.results[0]] for kernel in pair)
+        if a is not b and _may_fuse(a, b) and not _makes_cycle(a, b, maker):
             joined = _join(a, b, places)
-            stands_for |= {a: joined, b: joined, joined: joined}
-    return sorted((one for one, other in stands_for.items() if one is other), key=lambda kernel: kernel.first)
+            maker |= dict.fromkeys(joined.results, joined)
+    return sorted(set(maker.values()), key=lambda kernel: kernel.first)
 
 
 def _spare_bytes(a: Kernel, b: Kernel) -> int:
@@ -141,9 +137,8 @@ def _may_fuse(a: Kernel, b: Kernel) -> bool:
     return max(abs(a.first - b.last), abs(b.first - a.last)) <= FARTHEST
 
 
-def _makes_cycle(a: Kernel, b: Kernel, kernels: Sequence[Kernel]) -> bool:
+def _makes_cycle(a: Kernel, b: Kernel, maker: dict[fx.Node, Kernel]) -> bool:
     """Whether a third kernel needs one of the two and is needed by the other."""
-    maker = _find_makers(kernels)
 
     def find_needed(kernel: Kernel) -> set[Kernel]:
         needed, waiting = set[Kernel](), [kernel]
