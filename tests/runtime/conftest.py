@@ -83,8 +83,8 @@ def run_on_fake_gpus(nvml_library: Path, tmp_path: Path) -> RunOnFakeGpus:
 
 
 @pytest.fixture(scope="module")
-def on_gpu(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
-    """Calls a function of a module, with arguments, on a machine with the stand-in."""
+def stand_in(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The stand-in's library; processes that are started meanwhile see its NVML."""
     folder = tmp_path_factory.mktemp("cuda")
     built = cuda_in_ram.build(folder)
     if built is None or torch.version.cuda is not None:
@@ -94,11 +94,32 @@ def on_gpu(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     kept = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     try:
-        with ProcessPoolExecutor(1, get_context("spawn"), cuda_in_ram.install, (built,)) as pool:
-            yield lambda call, *arguments: pool.submit(call, *arguments).result(300)
+        yield built
     finally:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _start_on(stand_in: Path) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), cuda_in_ram.install, (stand_in,))
+
+
+@pytest.fixture(scope="module")
+def on_gpu(stand_in: Path) -> Iterator[OnGpu]:
+    """Calls a function of a module, with arguments, on a machine with the stand-in."""
+    with _start_on(stand_in) as pool:
+        yield lambda call, *arguments: pool.submit(call, *arguments).result(300)
+
+
+@pytest.fixture(scope="module")
+def on_new_gpu(stand_in: Path) -> OnGpu:
+    """As `on_gpu`, each call in a process of its own: nothing of an earlier one is in its memory."""
+
+    def call_in_new_process(call: Callable[..., Any], *arguments: Any) -> Any:
+        with _start_on(stand_in) as pool:
+            return pool.submit(call, *arguments).result(300)
+
+    return call_in_new_process
 
 
 @pytest.fixture(scope="session")

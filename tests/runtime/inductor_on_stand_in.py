@@ -56,7 +56,7 @@ def _choose_flash_attention(
     return attended[0]  # type: ignore[no-any-return]
 
 
-def generate_code_for_a_gpu() -> None:
+def _generate_code_for_a_gpu() -> None:
     """For the rest of this process, on which the stand-in is installed."""
     global _operations
     from torch._C._dynamo import guards
@@ -87,8 +87,10 @@ def run_compiled(
 ) -> tuple[Strategy, dict[str, int], dict[str, int]]:
     """(strategy, planned and counted peaks of live bytes by phase) of three steps of 4 rows of 512 tokens.
 
-    Results are what was in memory before, so that steps may be left out as not finite.
+    Results are what was in memory before, so that steps may be left out as not finite. Once in a process, on which the
+    stand-in is installed.
     """
+    _generate_code_for_a_gpu()
     save_small_model(folder / "model", model_type, **SIZES)
     train = {"max_steps": 3, "micro_batch_size": 4, "compile": True, "loss_head": "fused", "on_nonfinite": "skip"}
     train["gradient_checkpointing"] = checkpointing
