@@ -14,6 +14,7 @@ from .memory import STEP_PHASES, Memory
 from .process import FIRST_USE_BYTES, estimate_heap_bytes, estimate_own_bytes, estimate_used_bytes
 from .shape import ModelShape
 from .strategy import Device, Strategy
+from .widths import NONE_EVALUATED, EvaluatedWidths
 
 QUANTIZATION_BYTES = 4 * 4
 """Bytes an element that bitsandbytes takes on a CPU while it quantises a weight: four fp32 copies (0.50)."""
@@ -34,20 +35,20 @@ def lay_host(
     weights: WeightFiles,
     stored_bytes: int | None,
     widths: float = 1,
-    evaluated_widths: float = 0,
+    evaluated: EvaluatedWidths = NONE_EVALUATED,
 ) -> Memory:
     """The memory with the RAM of each phase; on a CPU its highest is the device's peak.
 
     weights:      that the run writes
     stored_bytes: size of the model's weight files, None where they are not here: then 16 bits a parameter are taken
-    widths, evaluated_widths: as in estimate_used_bytes
+    widths, evaluated: as in estimate_used_bytes
     """
     stored = 2 * shape.parameters if stored_bytes is None else stored_bytes
     if device.kind == "cuda":
         offloaded = estimate_offloaded_bytes(shape, strategy, device, sequence_length)
         hosts = _estimate_beside_gpu(weights, stored, offloaded)
         return _lay_phases(memory, hosts)
-    used = estimate_used_bytes(shape, strategy, device, widths=widths, evaluated_widths=evaluated_widths)
+    used = estimate_used_bytes(shape, strategy, device, widths=widths, evaluated=evaluated)
     heap = estimate_heap_bytes(shape, strategy, sequence_length=sequence_length)
     states = sum(estimate_optimizer_bytes(shape, strategy)) if strategy.optimizer in OPTIMIZERS_8BIT else 0
     hosts = _estimate_in_steps(memory, used, *heap, states_8bit_bytes=states)

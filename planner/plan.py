@@ -246,7 +246,7 @@ def _complete(measure: Measure, inputs: PlanInputs, timer: Timer) -> Measure:
             weights=weights,
             stored_bytes=inputs.stored_bytes,
             widths=estimate_distinct_widths(inputs.data, strategy, steps=steps),
-            evaluated_widths=count_evaluated_widths(inputs.data, strategy),
+            evaluated=count_evaluated_widths(inputs.data, strategy),
         )
 
     return complete

@@ -5,12 +5,13 @@ Libraries, the code that oneDNN generates for products of 16 bits, and what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from . import activations as act
 from .model_shape import TOGETHER
 from .shape import LinearShape, ModelShape
 from .strategy import Device, Strategy
+from .widths import NONE_EVALUATED, EvaluatedWidths
 
 MiB = 2**20
 
@@ -28,6 +29,13 @@ KERNEL_BYTES = CODE_BYTES + 8 * 2**10
 """What oneDNN never gives back of a product: its kernel. Measured: 0.26 MiB, whatever the sizes."""
 PRIMITIVE_BYTES = CODE_BYTES + 40 * 2**10
 """What goes when the product leaves oneDNN's cache: code that copies, and tables. Measured: 0.27 to 0.31 MiB."""
+AMX_BYTES = 80 * 2**10
+"""How much more a product leaves on a processor with AMX, for which oneDNN then generates other code. Measured: 0.65
+MiB a product in all, and 0.58 on the same processor without AMX (ONEDNN_MAX_CPU_ISA)."""
+ATTENTION_PRODUCTS = 6
+"""Of a width's attention, in backward: gradients of queries, keys and values, for a whole block of queries and for the
+last (cpu_flash_attention_backward of aten/src/ATen/native/cpu/FlashAttentionKernel.cpp); rows of more than 512 tokens
+have up to twice as many, which is not counted. Eager attention has as many, scores and sums forward and backward."""
 CACHED_PRIMITIVES = 1024
 """So many are cached: oneDNN's ONEDNN_PRIMITIVE_CACHE_CAPACITY unless it is set."""
 HEAP_BLOCK_BYTES = 8 * MiB
@@ -45,55 +53,99 @@ def estimate_own_bytes(device: Device) -> int:
 
 
 def estimate_used_bytes(
-    shape: ModelShape, strategy: Strategy, device: Device, *, widths: float, evaluated_widths: float = 0
+    shape: ModelShape, strategy: Strategy, device: Device, *, widths: float, evaluated: EvaluatedWidths = NONE_EVALUATED
 ) -> int:
     """The process in its steps and after them, beside its tensors and its heap's free blocks.
 
     widths:           distinct widths of micro-batches in the run, 1 or more
-    evaluated_widths: that evaluations alone meet, 0 or more
+    evaluated:        distinct widths of evaluations
     """
-    products = estimate_product_bytes(shape, strategy, widths=widths, evaluated_widths=evaluated_widths)
+    products = estimate_product_bytes(shape, strategy, device, widths=widths, evaluated=evaluated)
     return estimate_own_bytes(device) + FIRST_USE_BYTES + products
 
 
-def estimate_product_bytes(shape: ModelShape, strategy: Strategy, *, widths: float, evaluated_widths: float = 0) -> int:
+def estimate_product_bytes(
+    shape: ModelShape, strategy: Strategy, device: Device, *, widths: float, evaluated: EvaluatedWidths = NONE_EVALUATED
+) -> int:
     """What oneDNN keeps of products of 16 bits: of each width of a micro-batch, every shape of a product."""
     if strategy.compute_dtype != "bf16":  # others are MKL's, which generates nothing
         return 0
-    products = widths * count_product_shapes(shape, strategy)
-    products += evaluated_widths * count_product_shapes(shape, strategy, forward_only=True)
-    return int(products * KERNEL_BYTES + min(products, CACHED_PRIMITIVES) * PRIMITIVE_BYTES)
+    trained, evaluation = _list_forward_products(shape, strategy), _list_evaluation_products(shape, strategy)
+    attention = 0 if strategy.attention == "varlen" else ATTENTION_PRODUCTS
+    products = widths * (count_product_shapes(shape, strategy) + attention)
+    products += evaluated.alone * len(evaluation) + evaluated.trained * len(evaluation - trained)
+    kernel = KERNEL_BYTES + (AMX_BYTES if device.has_amx else 0)
+    return int(products * kernel + min(products, CACHED_PRIMITIVES) * PRIMITIVE_BYTES)
 
 
-def count_product_shapes(shape: ModelShape, strategy: Strategy, *, forward_only: bool = False) -> int:
-    """Products of different shapes in a step: forward, gradient of the input, gradient of the weight if it is trained.
+def count_product_shapes(shape: ModelShape, strategy: Strategy) -> int:
+    """Products of different shapes in a step, beside attention's: forward, gradient of the input, gradient of the
+    weight if it is trained.
 
     A linear layer and an adapter's two matrices: [tokens, inputs] by [inputs, outputs] and back, and [outputs, tokens]
-    by [tokens, inputs]. Fused adapters of layers that read the same input have their first matrices in one.
+    by [tokens, inputs].
     """
-    sizes = {(one.inputs, one.outputs) for one, _ in (*shape.linears, (shape.head, 1))}
-    trained = sizes
-    if strategy.method != "full":
-        rank, targets = strategy.adapter_rank, strategy.adapter_targets
-        assert rank is not None and targets is not None, "adapters have a rank and targets"
-        adapted = [linear for linear, _ in shape.lora_linears(targets)]
-        trained = set(_list_adapter_sizes(adapted, rank))
-        if strategy.fused_adapters:
-            trained |= set(_list_joint_sizes(adapted, rank))
-    return len(sizes | trained) if forward_only else 2 * len(sizes | trained) + len(trained)
+    forward = _list_forward_products(shape, strategy)
+    backward = {(one.inputs, one.outputs) for one in forward}
+    return len(forward) + len(backward) + sum(one.is_trained for one in forward)
 
 
-def _list_adapter_sizes(linears: Iterable[LinearShape], rank: int) -> Iterable[tuple[int, int]]:
-    for linear in linears:
-        yield linear.inputs, rank
-        yield rank, linear.outputs
+@dataclass(frozen=True)
+class _Product:
+    """One shape of a product, of which oneDNN generates code.
+
+    is_trained:  whether its matrix gets a gradient
+    is_added:    whether its result is added to what is there, as a frozen layer's is to its fused adapter's
+    joint_width: columns of the matrix that its input is cut out of; None where it is not cut
+    """
+
+    inputs: int
+    outputs: int
+    is_trained: bool
+    is_added: bool = False
+    joint_width: int | None = None
 
 
-def _list_joint_sizes(linears: Sequence[LinearShape], rank: int) -> Iterable[tuple[int, int]]:
-    for names in TOGETHER:
-        joint = [linear for linear in linears if linear.name in names]
-        if len(joint) > 1:
-            yield joint[0].inputs, rank * len(joint)
+def _list_forward_products(shape: ModelShape, strategy: Strategy) -> set[_Product]:
+    """Of a step's forward. Fused adapters of layers that read the same input have their first matrices in one."""
+    if not strategy.fused_adapters:
+        return _list_evaluation_products(shape, strategy)
+    adapted, rank = _list_adapted(shape, strategy)
+    bases = {(one.inputs, one.outputs) for one in adapted}
+    products = {
+        _Product(one.inputs, one.outputs, is_trained=False, is_added=(one.inputs, one.outputs) in bases)
+        for one in _list_linears(shape)
+    }
+    for linear in adapted:
+        together = next((names for names in TOGETHER if linear.name in names), ())
+        columns = rank * max(1, sum(one.name in together for one in adapted))
+        products.add(_Product(linear.inputs, columns, is_trained=True))
+        cut = columns if columns > rank else None
+        products.add(_Product(rank, linear.outputs, is_trained=True, joint_width=cut))
+    return products
+
+
+def _list_evaluation_products(shape: ModelShape, strategy: Strategy) -> set[_Product]:
+    """Of a forward without fused adapters, as evaluations are."""
+    is_full = strategy.method == "full"
+    products = {_Product(one.inputs, one.outputs, is_trained=is_full) for one in _list_linears(shape)}
+    if not is_full:
+        adapted, rank = _list_adapted(shape, strategy)
+        for linear in adapted:
+            products.add(_Product(linear.inputs, rank, is_trained=True))
+            products.add(_Product(rank, linear.outputs, is_trained=True))
+    return products
+
+
+def _list_linears(shape: ModelShape) -> list[LinearShape]:
+    return [one for one, _ in (*shape.linears, (shape.head, 1))]
+
+
+def _list_adapted(shape: ModelShape, strategy: Strategy) -> tuple[list[LinearShape], int]:
+    """(layers with adapters, rank)"""
+    rank, targets = strategy.adapter_rank, strategy.adapter_targets
+    assert rank is not None and targets is not None, "adapters have a rank and targets"
+    return [linear for linear, _ in shape.lora_linears(targets)], rank
 
 
 def estimate_heap_bytes(shape: ModelShape, strategy: Strategy, *, sequence_length: int) -> tuple[int, int]:

@@ -85,6 +85,7 @@ class Device(Value):
     has_float8:      whether it multiplies in float8: compute capability 8.9 or more
     has_liger:       whether Liger's kernels are installed where the plan is made
     has_triton:      whether Triton is installed beside a CPU's torch; bitsandbytes then loads it
+    has_amx:         whether a CPU has AMX, of whose code oneDNN keeps more
     """
 
     name: str
@@ -103,6 +104,7 @@ class Device(Value):
     has_float8: bool = False
     has_liger: bool = False
     has_triton: bool = False
+    has_amx: bool = False
 
 
 class DataFacts(Value):

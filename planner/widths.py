@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import ceil
 
 from .strategy import DataFacts, Strategy
@@ -34,13 +35,30 @@ def estimate_distinct_widths(data: DataFacts, strategy: Strategy, *, steps: int 
     return sum(count * (1.0 if drawn is None else 1 - (1 - share) ** drawn) for share, count in shares.items())
 
 
-def count_evaluated_widths(data: DataFacts, strategy: Strategy) -> int:
-    """Widths that evaluations alone meet: of micro-batches of held-out rows, longest first, of a question and of each
-    token of its answer. 0 where the lengths of the training rows are not known, whose widths are many."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedWidths:
+    """How many distinct widths evaluations meet.
+
+    alone:   that no training step meets
+    trained: that training rows have, too
+    """
+
+    alone: float
+    trained: float
+
+
+NONE_EVALUATED = EvaluatedWidths(alone=0, trained=0)
+
+
+def count_evaluated_widths(data: DataFacts, strategy: Strategy) -> EvaluatedWidths:
+    """Of micro-batches of held-out rows, longest first, of a question and of each token of its answer. None where the
+    lengths of the training rows are not known, whose widths are many."""
     if data.row_tokens is None:
-        return 0
+        return NONE_EVALUATED
     trained = {padded_width(tokens, max_length=data.longest_row_tokens) for tokens in data.row_tokens}
-    return len(set(_iterate_evaluated_widths(data, strategy)) - trained) + (2 if data.has_question else 0)
+    evaluated = set(_iterate_evaluated_widths(data, strategy))
+    alone = len(evaluated - trained) + (2 if data.has_question else 0)
+    return EvaluatedWidths(alone=alone, trained=len(evaluated & trained))
 
 
 def _iterate_evaluated_widths(data: DataFacts, strategy: Strategy) -> Iterator[int]:

@@ -12,14 +12,17 @@ from fitune.planner.estimate import estimate_memory, estimate_weight_files
 from fitune.planner.host import lay_host
 from fitune.planner.memory import Memory
 from fitune.planner.process import (
+    AMX_BYTES,
+    ATTENTION_PRODUCTS,
     CACHED_PRIMITIVES,
     KERNEL_BYTES,
+    PRIMITIVE_BYTES,
     count_product_shapes,
     estimate_heap_bytes,
     estimate_product_bytes,
 )
 from fitune.planner.strategy import DataFacts, Device, Strategy
-from fitune.planner.widths import WIDTH_MULTIPLE, count_evaluated_widths, estimate_distinct_widths
+from fitune.planner.widths import WIDTH_MULTIPLE, EvaluatedWidths, count_evaluated_widths, estimate_distinct_widths
 
 MODEL = "smollm2-135m-instruct"
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=128).map(lambda one: tuple(sorted(one)))
@@ -56,21 +59,35 @@ def test_a_step_has_one_product_for_each_size_of_a_layer_in_each_direction() -> 
     assert count_product_shapes(shape, make_strategy("lora")) == 5 * 2 + 5 * 3
 
 
+def test_fused_adapters_have_products_of_parts_of_joint_results() -> None:
+    """Counted by oneDNN itself in a run of a model of the same kind: 13 forward, 12 and 8 backward."""
+    fused = make_strategy("lora", fused_adapters=True)
+    assert count_product_shapes(find_shape(MODEL), fused) == 13 + 12 + 8
+
+
 def test_every_width_leaves_kernels_of_its_products_and_the_cache_is_bounded() -> None:
     shape, strategy = find_shape(MODEL), make_strategy("lora")
-    one, two = (estimate_product_bytes(shape, strategy, widths=widths) for widths in (1, 2))
+    one, two = (estimate_product_bytes(shape, strategy, CPU, widths=widths) for widths in (1, 2))
     assert two == pytest.approx(2 * one)
-    assert one == pytest.approx(25 * 0.55 * 2**20, rel=0.02)
+    assert one == pytest.approx((25 + ATTENTION_PRODUCTS) * 0.55 * 2**20, rel=0.02)
     many = CACHED_PRIMITIVES
-    more = estimate_product_bytes(shape, strategy, widths=many + 1) - estimate_product_bytes(
-        shape, strategy, widths=many
+    more = estimate_product_bytes(shape, strategy, CPU, widths=many + 1) - estimate_product_bytes(
+        shape, strategy, CPU, widths=many
     )
-    assert more == pytest.approx(25 * KERNEL_BYTES, abs=1)
+    assert more == pytest.approx((25 + ATTENTION_PRODUCTS) * KERNEL_BYTES, abs=1)
+
+
+def test_a_product_leaves_more_on_a_processor_with_amx() -> None:
+    sizes = [
+        estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), device, widths=1)
+        for device in (CPU, CPU.model_copy(update={"has_amx": True}))
+    ]
+    assert sizes[1] - sizes[0] == (25 + ATTENTION_PRODUCTS) * AMX_BYTES
 
 
 def test_computing_in_fp32_leaves_no_kernels() -> None:
     strategy = make_strategy("lora", weights_dtype="fp32", compute_dtype="fp32")
-    assert estimate_product_bytes(find_shape(MODEL), strategy, widths=10) == 0
+    assert estimate_product_bytes(find_shape(MODEL), strategy, CPU, widths=10) == 0
 
 
 def test_more_widths_raise_every_phase_but_loading() -> None:
@@ -78,8 +95,8 @@ def test_more_widths_raise_every_phase_but_loading() -> None:
     assert few["load"] == many["load"]
     rises = {many[name] - few[name] for name in few if name not in ("load", "merge")}
     assert rises == {
-        estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), widths=12)
-        - estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), widths=1)
+        estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), CPU, widths=12)
+        - estimate_product_bytes(find_shape(MODEL), make_strategy("lora"), CPU, widths=1)
     }
 
 
@@ -104,17 +121,24 @@ def test_evaluations_meet_widths_of_their_own_where_training_rows_are_packed() -
     held_out = {"eval_row_tokens": (20, 40, 41, 90), "has_question": True}
     packed = facts_of((512,)).model_copy(update=held_out)
     one, two = (make_strategy("lora", packing=True, micro_batch_size=rows) for rows in (1, 2))
-    assert count_evaluated_widths(packed, one) == len({24, 40, 48, 96}) + 2
-    assert count_evaluated_widths(packed, two) == len({96, 40}) + 2
+    assert count_evaluated_widths(packed, one) == EvaluatedWidths(alone=len({24, 40, 48, 96}) + 2, trained=0)
+    assert count_evaluated_widths(packed, two) == EvaluatedWidths(alone=len({96, 40}) + 2, trained=0)
     plain = facts_of((20, 40, 96, 512)).model_copy(update=held_out)
-    assert count_evaluated_widths(plain, one) == len({48}) + 2
-    assert count_evaluated_widths(facts_of(None), one) == 0
-    shape = find_shape(MODEL)
-    evaluated, trained = (
-        estimate_product_bytes(shape, one, widths=1 + more, evaluated_widths=1 - more) for more in (0, 1)
+    assert count_evaluated_widths(plain, one) == EvaluatedWidths(alone=len({48}) + 2, trained=len({24, 40, 96}))
+    assert count_evaluated_widths(facts_of(None), one) == EvaluatedWidths(alone=0, trained=0)
+
+
+@pytest.mark.parametrize(("fused", "alone", "trained"), [(False, 5 + 5, 0), (True, 5 + 5, 4 + 2)])
+def test_evaluations_run_the_forward_without_fused_adapters(fused: bool, alone: int, trained: int) -> None:
+    """At a width that training has met, too, that is the four sizes of layers that adapters are then not added to, and
+    what two sizes of adapters read, which is not cut out of a joint result."""
+    shape, strategy = find_shape(MODEL), make_strategy("lora", fused_adapters=fused)
+    none, of_its_own, met = (
+        estimate_product_bytes(shape, strategy, CPU, widths=1, evaluated=EvaluatedWidths(alone=alone, trained=trained))
+        for alone, trained in ((0, 0), (1, 0), (0, 1))
     )
-    unmet = estimate_product_bytes(shape, one, widths=1)
-    assert evaluated - unmet == pytest.approx((5 + 5) / 25 * (trained - unmet), abs=2)
+    each = KERNEL_BYTES + PRIMITIVE_BYTES
+    assert (of_its_own - none, met - none) == (alone * each, trained * each)
 
 
 def test_the_pages_of_a_file_that_is_converted_are_resident_but_not_required() -> None:

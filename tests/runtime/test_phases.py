@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from small_runs import write_recipe
 
 from benchmarks.rows import write_mixed_rows
@@ -51,12 +50,6 @@ def test_ram_of_every_phase_and_the_files_are_as_planned(embedded_model: Path, t
     assert plan.memory.disk_bytes > report.measured.disk_bytes > 0.9 * (plan.memory.disk_bytes - 16 * 2**20)
 
 
-@pytest.mark.xfail(
-    torch.cpu._is_amx_tile_supported(),
-    reason="with AMX an evaluation in bf16 took 12 % more than planned",
-    raises=AssertionError,
-    strict=False,
-)
 @pytest.mark.slow
 def test_ram_of_every_phase_is_as_planned_after_many_widths_of_rows(embedded_model: Path, tmp_path: Path) -> None:
     """Each width leaves kernels of its products; the heap gives back what is free before an evaluation and saving."""
