@@ -191,8 +191,6 @@ def has_liger() -> bool:
 
 
 def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:
-    import torch
-
     cpu, memory = probe_cpu(), probe_host_memory()
     if memory.available_bytes == 0:
         raise DeviceError(f"no {memory.limited_by} is free")
@@ -203,7 +201,7 @@ def _make_cpu_device(budget: BudgetTable, why_none: str) -> Device:
         budget_bytes=budget.memory_bytes or memory.available_bytes,
         bf16=cpu.bf16,
         has_triton=importlib.util.find_spec("triton") is not None,
-        has_amx=torch.cpu._is_amx_tile_supported(),
+        has_amx="amx_bf16" in cpu.flags,
         budget_source=f"free {memory.limited_by} ({why_none})" if budget.memory is None else "budget.memory",
     )
 
