@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from cuda_in_ram import OnGpu
 
 from fitune.planner.estimate import CUDA_WORKSPACE_BYTES
-from fitune.planner.strategy import Strategy
 
 pytest.importorskip("triton")
 from inductor_on_stand_in import run_compiled
@@ -30,33 +28,15 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 """Name to type of the model, method, and whether its layers are checkpointed."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    strategy: Strategy
-    planned: dict[str, int]
-    counted: dict[str, int]
-
-    @property
-    def is_as_planned(self) -> bool:
-        return all(
-            self.planned[phase] - WORKSPACES == pytest.approx(self.counted[phase], rel=0.02)
-            for phase in ("forward", "backward", "clip", "optimizer")
-        )
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_step_keeps_what_its_plan_says(case: str, on_new_gpu: OnGpu, tmp_path: Path) -> None:
-    """Once in two runs, each in a new process: one of many runs had 4 MiB more in a forward, for an unknown reason."""
+    """Each in a process of its own: in one that had run other cases, a forward once had 4 MiB more, which nobody found
+    the reason of."""
     model_type, method, checkpointing = CASES[case]
-    runs = []
-    for attempt in ("first", "second"):
-        (tmp_path / attempt).mkdir()
-        runs.append(_Run(*on_new_gpu(run_compiled, tmp_path / attempt, model_type, method, checkpointing)))
-        if runs[-1].is_as_planned:
-            break
-    strategy = runs[-1].strategy
+    strategy, planned, counted = on_new_gpu(run_compiled, tmp_path, model_type, method, checkpointing)
     assert (strategy.compile, strategy.loss_head) == (True, "fused")
     assert strategy.attention == ("eager" if model_type == "gemma2" else "sdpa")
     assert (strategy.checkpointed_layers > 0) == checkpointing
     assert strategy.fused_adapters == method.get("fused_adapters", False)
-    assert runs[-1].is_as_planned, runs
+    for phase in ("forward", "backward", "clip", "optimizer"):
+        assert planned[phase] - WORKSPACES == pytest.approx(counted[phase], rel=0.02), phase
