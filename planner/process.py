@@ -57,8 +57,8 @@ def estimate_used_bytes(
 ) -> int:
     """The process in its steps and after them, beside its tensors and its heap's free blocks.
 
-    widths:           distinct widths of micro-batches in the run, 1 or more
-    evaluated:        distinct widths of evaluations
+    widths:    distinct widths of micro-batches in the run, 1 or more
+    evaluated: distinct widths of evaluations
     """
     products = estimate_product_bytes(shape, strategy, device, widths=widths, evaluated=evaluated)
     return estimate_own_bytes(device) + FIRST_USE_BYTES + products
@@ -70,10 +70,12 @@ def estimate_product_bytes(
     """What oneDNN keeps of products of 16 bits: of each width of a micro-batch, every shape of a product."""
     if strategy.compute_dtype != "bf16":  # others are MKL's, which generates nothing
         return 0
-    trained, evaluation = _list_forward_products(shape, strategy), _list_evaluation_products(shape, strategy)
     attention = 0 if strategy.attention == "varlen" else ATTENTION_PRODUCTS
     products = widths * (count_product_shapes(shape, strategy) + attention)
-    products += evaluated.alone * len(evaluation) + evaluated.trained * len(evaluation - trained)
+    if evaluated != NONE_EVALUATED:
+        evaluation = _list_evaluation_products(shape, strategy)
+        unmet = evaluation - _list_forward_products(shape, strategy)
+        products += evaluated.alone * len(evaluation) + evaluated.trained * len(unmet)
     kernel = KERNEL_BYTES + (AMX_BYTES if device.has_amx else 0)
     return int(products * kernel + min(products, CACHED_PRIMITIVES) * PRIMITIVE_BYTES)
 
@@ -116,11 +118,12 @@ def _list_forward_products(shape: ModelShape, strategy: Strategy) -> set[_Produc
         _Product(one.inputs, one.outputs, is_trained=False, is_added=(one.inputs, one.outputs) in bases)
         for one in _list_linears(shape)
     }
+    names = {one.name for one in adapted}
     for linear in adapted:
-        together = next((names for names in TOGETHER if linear.name in names), ())
-        columns = rank * max(1, sum(one.name in together for one in adapted))
+        joint = next((names & set(group) for group in TOGETHER if linear.name in group), {linear.name})
+        columns = rank * len(joint)
         products.add(_Product(linear.inputs, columns, is_trained=True))
-        cut = columns if columns > rank else None
+        cut = columns if len(joint) > 1 else None
         products.add(_Product(rank, linear.outputs, is_trained=True, joint_width=cut))
     return products
 
